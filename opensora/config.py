@@ -1,0 +1,311 @@
+"""The typed, frozen schema of params.yaml: every value with its unit, its limits and the rules between fields."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PROFILES = ("smoke", "demo", "single_gpu", "h800")
+DATA_STEPS = ("download", "split", "score", "caption", "encode")
+TRAIN_STEPS = ("train_image", "train_video", "train_highres")
+STEPS = (*DATA_STEPS, *TRAIN_STEPS, "evaluate", "promote")
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A value of params.yaml or of --set is wrong; the message says which and what was expected."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DemoConfig(Section):
+    """The embedded world and the tiny models built for it; used by the profiles `smoke` and `demo`."""
+
+    videos: NonNegative = Field(0, description="videos to render; 0: no embedded world, --source is needed")
+    shots_per_video: Positive = Field(8, description="shots a video")
+    shot_frames: Positive = Field(16, description="frames a shot")
+    size: Positive = Field(64, description="pixels, width and height")
+    fps: Positive = Field(8, description="frames a second")
+    build_models: bool = Field(False, description="train tiny VAE and LLaVA and make a tiny T5 instead of loading")
+    vae_steps: NonNegative = Field(0, description="optimizer steps of the tiny VAE")
+    llava_steps: NonNegative = Field(0, description="optimizer steps of the tiny LLaVA")
+
+
+class DownloadConfig(Section):
+    """Fetch videos from a folder or a URL manifest."""
+
+    source: str = Field("", description="folder, or csv/jsonl/parquet manifest of URLs; empty: the embedded world")
+    workers: Positive = Field(4, description="downloads at once")
+    retries: NonNegative = Field(3, description="tries after the first, with back-off")
+    timeout_s: PositiveFloat = Field(60, description="seconds without a byte before a try fails")
+    max_mib: Positive = Field(4096, description="MiB, larger files are refused")
+    allow_private_hosts: bool = Field(False, description="accept URLs on loopback and private addresses")
+    max_bad_share: Share = Field(0.5, description="share of bad videos above which the step fails")
+
+
+class SplitConfig(Section):
+    """Find shots and write them as normalised clips."""
+
+    threshold: PositiveFloat = Field(27.0, description="ContentDetector's threshold")
+    min_shot_s: PositiveFloat = Field(0.6, description="seconds, shorter shots are merged by the detector")
+    max_clip_s: PositiveFloat = Field(10.0, description="seconds, longer shots are cut into several clips")
+    max_short_side: Positive = Field(512, description="pixels, larger clips are scaled down; never up")
+    fps: PositiveFloat | None = Field(None, description="frames a second of the clips; null keeps the source's")
+    crf: NonNegative = Field(18, description="x264 quality")
+    gop: Positive = Field(30, description="frames between key frames")
+    shard_mib: Positive = Field(512, description="MiB a tar shard")
+    video_timeout_s: PositiveFloat = Field(600, description="seconds a video before its worker is killed")
+    workers: Positive = Field(2, description="worker processes")
+    max_bad_share: Share = Field(0.9, description="share of bad videos above which the step fails")
+
+
+class ScoreConfig(Section):
+    """Score every clip, then drop by threshold; null disables a threshold."""
+
+    min_duration_s: float | None = Field(0.5, description="seconds")
+    min_short_side: int | None = Field(64, description="pixels")
+    max_black: float | None = Field(0.5, description="share of nearly black pixels")
+    min_motion: float | None = Field(None, description="mean optical flow, share of the frame's diagonal a second")
+    min_frame_difference: float | None = Field(0.2, description="mean absolute change between frames, 0…255")
+    min_sharpness: float | None = Field(None, description="variance of the Laplacian")
+    max_duplicate_distance: int | None = Field(None, description="bits of a 64-bit hash; null keeps duplicates")
+    workers: Positive = Field(2, description="worker processes")
+
+
+class CaptionConfig(Section):
+    """Caption clips with LLaVA; given captions are kept."""
+
+    model: str = Field("llava", description="folder below weights_dir")
+    prompt: str = Field("describe", description="what LLaVA is asked")
+    frame_positions: tuple[Share, ...] = Field((0.2, 0.5, 0.8), description="positions of the frames shown")
+    batch_size: Positive = Field(32, description="clips")
+    max_new_tokens: Positive = Field(256, description="tokens a caption at most")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: Positive = Field(2, description="CPU threads")
+
+
+class EncodeConfig(Section):
+    """VAE latents of all frames and text embeddings into shards."""
+
+    vae: str = Field("vae", description="folder below weights_dir")
+    text_encoder: str = Field("t5", description="folder below weights_dir")
+    sizes: tuple[tuple[Positive, Positive], ...] = Field(((256, 256),), description="height, width in pixels")
+    max_tokens: Positive = Field(120, description="text tokens")
+    batch_frames: Positive = Field(64, description="frames the VAE encodes at once")
+    shard_mib: Positive = Field(512, description="MiB a safetensors shard")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    workers: Positive = Field(1, description="worker processes")
+
+
+class ModelConfig(Section):
+    """Shape of the STDiT that all stages share."""
+
+    hidden_size: Positive = 1152
+    depth: Positive = 28
+    num_heads: Positive = 16
+    mlp_ratio: PositiveFloat = 4.0
+    patch_size: tuple[Positive, Positive, Positive] = (1, 2, 2)
+    in_channels: Positive = Field(4, description="latent channels of the VAE")
+    caption_channels: Positive = Field(4096, description="width of the text encoder")
+    model_max_length: Positive = Field(120, description="text tokens")
+    class_dropout_prob: Share = Field(0.1, description="share of captions dropped in training")
+    pred_sigma: bool = Field(True, description="predict the variance too (IDDPM)")
+    caption_init_std: float | None = Field(0.02, description="null: xavier, which small models need")
+
+
+class TrainConfig(Section):
+    """One stage of training. Batch size and lr are those of one process and of the whole run."""
+
+    frames: Positive = Field(16, description="frames a sample; 1 trains on images")
+    frame_interval: Positive = Field(1, description="clip frames from one sampled frame to the next")
+    height: Positive = Field(256, description="pixels")
+    width: Positive = Field(256, description="pixels")
+    steps: Positive = Field(1000, description="optimizer steps")
+    batch_size: Positive = Field(8, description="samples a process")
+    lr: PositiveFloat = Field(2e-5, description="peak learning rate")
+    warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
+    decay_share: Share = Field(0.0, description="last share of the steps, over which lr falls linearly to 0")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for matrices in blocks, AdamW else")
+    clip_norm: PositiveFloat = Field(1.0, description="gradient norm limit")
+    ema_decay: Share = Field(0.9999, description="a step")
+    objective: Literal["rectified_flow", "iddpm"] = "iddpm"
+    shift: PositiveFloat = Field(1.0, description="timestep shift of rectified flow")
+    space_scale: PositiveFloat = Field(1.0, description="spatial positions are divided by it")
+    time_scale: PositiveFloat = Field(1.0, description="temporal positions are divided by it")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    engine: Literal["torch", "colossalai"] = "torch"
+    zero_stage: Literal[0, 1, 2] = Field(0, description="ColossalAI's ZeRO stage")
+    sequence_parallel: Positive = Field(1, description="processes that share one sample")
+    activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
+    processes: Positive = Field(1, description="processes of the run (GPUs, or gloo processes on CPU)")
+    threads: Positive = Field(1, description="CPU threads a process")
+    init_from: str = Field("", description="weights to start from; empty: the stage before, or from scratch")
+    log_every: Positive = Field(10, description="steps")
+    checkpoint_every: Positive = Field(500, description="steps")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
+    seed: NonNegative = 0
+
+
+class EvaluateConfig(Section):
+    """Generate fixed prompts with every stage and measure."""
+
+    prompts: tuple[str, ...] = Field((), description="prompts; empty: all of the embedded world's")
+    steps: Positive = Field(30, description="sampling steps")
+    guidance: PositiveFloat = Field(4.0, description="classifier-free guidance scale")
+    batch_size: Positive = Field(16, description="videos at once")
+    fps: Positive = Field(8, description="frames a second of the samples")
+    processes: Positive = Field(1, description="processes that share the prompts")
+    seed: NonNegative = 0
+
+
+class Gate(Section):
+    """One condition of promotion."""
+
+    metric: str = Field(description="name in metrics.json")
+    direction: Literal["higher", "lower"] = "higher"
+    floor: float | None = Field(None, description="absolute limit; null: none")
+    tolerance: float | None = Field(None, description="how much worse than the champion is accepted; null: not compared")
+
+
+class PromoteConfig(Section):
+    """The gate, as data."""
+
+    gates: tuple[Gate, ...] = ()
+
+
+class Config(Section):
+    """A resolved profile."""
+
+    profile: Literal["smoke", "demo", "single_gpu", "h800"]
+    weights_dir: str = Field("weights", description="folder of pretrained weights")
+    offline: bool = Field(True, description="never open a connection for weights")
+    demo: DemoConfig
+    download: DownloadConfig
+    split: SplitConfig
+    score: ScoreConfig
+    caption: CaptionConfig
+    encode: EncodeConfig
+    model: ModelConfig
+    train_image: TrainConfig
+    train_video: TrainConfig
+    train_highres: TrainConfig
+    evaluate: EvaluateConfig
+    promote: PromoteConfig
+
+    @model_validator(mode="after")
+    def _rules(self) -> "Config":
+        sizes = set(self.encode.sizes)
+        for name in TRAIN_STEPS:
+            stage: TrainConfig = getattr(self, name)
+            if (stage.height, stage.width) not in sizes:
+                raise ValueError(
+                    f"{name} trains at {stage.height}x{stage.width}, which encode.sizes {sorted(sizes)} does not hold"
+                )
+            if stage.objective == "iddpm" and not self.model.pred_sigma:
+                raise ValueError(f"{name}.objective is iddpm, which needs model.pred_sigma: true")
+            if stage.processes % stage.sequence_parallel:
+                raise ValueError(f"{name}.processes must be a multiple of {name}.sequence_parallel")
+        if self.train_image.frames != 1:
+            raise ValueError(f"train_image.frames must be 1, got {self.train_image.frames}")
+        if self.model.model_max_length != self.encode.max_tokens:
+            raise ValueError(
+                f"model.model_max_length {self.model.model_max_length} and encode.max_tokens "
+                f"{self.encode.max_tokens} must be equal"
+            )
+        if self.model.hidden_size % self.model.num_heads or self.model.hidden_size % 4:
+            raise ValueError("model.hidden_size must be a multiple of model.num_heads and of 4")
+        return self
+
+
+def load_config(path: Path, profile: str | None = None, overrides: tuple[str, ...] = ()) -> Config:
+    """Resolve a profile of params.yaml.
+
+    Args:
+        path: params.yaml.
+        profile: None takes the file's own `profile`.
+        overrides: `section.key=value` texts, values in YAML form.
+
+    Raises:
+        ConfigError: the file, the profile, a key or a value is wrong.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no parameter file at {path}; run inside the project's folder or give --params FILE")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict) or "base" not in document:
+        raise ConfigError(f"{path} has no section `base`")
+    profile = profile or str(document.get("profile", ""))
+    if profile not in PROFILES:
+        raise ConfigError(f"unknown profile {profile!r}{nearest(profile, PROFILES)}; one of {', '.join(PROFILES)}")
+    if profile not in document:
+        raise ConfigError(f"{path} has no section for the profile {profile!r}")
+    values = merge(document["base"], document[profile])
+    for text in overrides:
+        values = merge(values, parse_override(text))
+    return build_config({"profile": profile, **values})
+
+
+def build_config(values: dict[str, object]) -> Config:
+    """Validate a resolved mapping; errors are one line each and name the nearest known key."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from error
+
+
+def merge(base: dict, over: dict | None) -> dict:
+    """`over` laid on `base`, mappings merged, everything else replaced."""
+    result = dict(base)
+    for key, value in (over or {}).items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def parse_override(text: str) -> dict:
+    """`train_video.lr=2e-5` -> {"train_video": {"lr": 2e-5}}."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ConfigError(f"--set {text!r}: expected section.key=value, as in train_video.lr=2e-5")
+    parsed = yaml.safe_load(value)
+    try:  # YAML 1.1 reads 2e-5, without a point, as text
+        parsed = float(parsed) if isinstance(parsed, str) else parsed
+    except ValueError:
+        pass
+    for part in reversed(name.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """ "; did you mean …?" for the known name most like `name`, or nothing."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _explain(detail: dict) -> str:
+    where = [str(part) for part in detail["loc"]]
+    name = ".".join(where) or "params"
+    if detail["type"] == "extra_forbidden":
+        section: type[BaseModel] = Config
+        for part in where[:-1]:
+            field = section.model_fields.get(part)
+            if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+                return f"unknown key {name}"
+            section = field.annotation
+        return f"unknown key {name}{nearest(where[-1], list(section.model_fields))}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return message if not where else f"{name}: {message}, got {detail['input']!r}"

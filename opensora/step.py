@@ -1,0 +1,110 @@
+"""What every step of the chain shares: a folder that appears whole or not at all, and a report."""
+
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+REPORT = "report.json"
+FINGERPRINT = "fingerprint.json"
+
+
+class StepError(RuntimeError):
+    """A step cannot go on; the message says what was wrong, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step did."""
+
+    step: str
+    total: int = 0  # items seen
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0  # wall time
+    peak_memory_mib: float = 0.0  # of this process, or of its largest child
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` so that a reader sees the whole file or none."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as handle:
+        json.dump(value, handle, indent=2, sort_keys=True)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(path)
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a finished step.
+
+    Raises:
+        StepError: the step has not finished in that folder.
+    """
+    try:
+        return Report(**json.loads((folder / REPORT).read_text()))
+    except FileNotFoundError as error:
+        raise StepError(f"{folder} holds no finished step (no {REPORT}); run `opensora {folder.name}` first") from error
+
+
+def fingerprint(*values: object) -> str:
+    """sha256 of values that decide a step's output (configurations, input hashes)."""
+    return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class StepFolder:
+    """A step's output while it is being written: `path` holds the work, `finish` puts it under its final name."""
+
+    def __init__(self, output: Path, key: str) -> None:
+        self.output = output
+        self.path = output.parent / ".partial" / output.name
+        self.key = key
+        self.started = time.monotonic()
+
+    def is_done(self) -> bool:
+        """Whether the final folder already holds a finished step with the same fingerprint."""
+        try:
+            return json.loads((self.output / FINGERPRINT).read_text()) == self.key and (self.output / REPORT).is_file()
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+
+    def open(self) -> Path:
+        """The work folder; what a stopped run of the same fingerprint left there is kept, anything else removed."""
+        mark = self.path / FINGERPRINT
+        try:
+            same = json.loads(mark.read_text()) == self.key
+        except (FileNotFoundError, json.JSONDecodeError):
+            same = False
+        if not same:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(mark, self.key)
+        return self.path
+
+    def finish(self, report: Report) -> Report:
+        """Write the report and rename the work folder to its final name."""
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+        values = asdict(report) | {"seconds": time.monotonic() - self.started, "peak_memory_mib": peak}
+        write_json(self.path / REPORT, values)
+        if self.output.exists():
+            shutil.rmtree(self.output)
+        self.path.rename(self.output)
+        return Report(**values)
+
+
+@contextmanager
+def naming_full_disk(output: Path) -> Iterator[None]:
+    """Turn an error of a full disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == 28:
+            raise StepError(f"the disk that holds {output} is full; free some space and start again to resume") from None
+        raise
