@@ -18,8 +18,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
-class ConfigError(ValueError):
+class UserError(RuntimeError):
+    """Something the user can mend; the message says what was wrong, what was expected and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
     """A value of params.yaml or of --set is wrong; the message says which and what was expected."""
+
+    exit_code = 2
 
 
 class Section(BaseModel):

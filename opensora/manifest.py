@@ -9,12 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opensora.config import UserError
+
 VERSION = "1"
 VERSION_KEY = b"opensora.manifest_version"
 GIVEN = "given"  # caption_model of a caption that came with the video
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """A manifest is missing, foreign, damaged or of another version; the message names the column."""
 
 

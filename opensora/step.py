@@ -5,17 +5,17 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+
+from opensora.config import UserError
 
 REPORT = "report.json"
 FINGERPRINT = "fingerprint.json"
 
 
-class StepError(RuntimeError):
+class StepError(UserError):
     """A step cannot go on; the message says what was wrong, what was expected and what to do."""
 
 
@@ -97,14 +97,3 @@ class StepFolder:
             shutil.rmtree(self.output)
         self.path.rename(self.output)
         return Report(**values)
-
-
-@contextmanager
-def naming_full_disk(output: Path) -> Iterator[None]:
-    """Turn an error of a full disk into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == 28:
-            raise StepError(f"the disk that holds {output} is full; free some space and start again to resume") from None
-        raise

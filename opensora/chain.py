@@ -1,0 +1,136 @@
+"""The chain: which step reads what, and the one function that runs a step for every driver."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the schema is heavy, and `opensora --help` only needs the names below
+    from opensora.config import Config
+    from opensora.step import Report
+
+SUMMARIES = {
+    "demo_videos": "Render the embedded world: videos of coloured shapes that move.",
+    "download": "Fetch videos from a folder or a URL manifest and check that they decode.",
+    "split": "Find shots and write them as normalised clips into tar shards.",
+    "score": "Score every clip, then drop by thresholds; the reason is recorded.",
+    "demo_models": "Train the tiny VAE and LLaVA and make the tiny T5 of the embedded world.",
+    "caption": "Caption clips with LLaVA; captions that came with a video are kept.",
+    "encode": "Write VAE latents of all frames and text embeddings into shards.",
+    "train_image": "Train the image stage.",
+    "train_video": "Train the video stage from the image stage.",
+    "train_highres": "Train the high-resolution stage from the video stage.",
+    "evaluate": "Generate fixed prompts with every stage, measure, and write the gallery.",
+    "promote": "Pass the gate or say why not; the alias `champion` moves in the model registry.",
+}
+ALL_STEPS = tuple(SUMMARIES)
+
+
+def chain_steps(config: "Config") -> list[str]:
+    """The steps of this profile, in order."""
+    skipped = set()
+    if config.download.source or not config.demo.videos:
+        skipped.add("demo_videos")
+    if not config.demo.build_models:
+        skipped.add("demo_models")
+    return [name for name in ALL_STEPS if name not in skipped]
+
+
+def run_step(name: str, config: "Config", root: Path) -> "Report":
+    """Run one step of the chain below `root/<profile>/` and return its report.
+
+    Raises:
+        UserError: what the step raises; see its module.
+    """
+    from opensora.config import TRAIN_STEPS, ConfigError
+
+    base = root / config.profile
+    base.mkdir(parents=True, exist_ok=True)
+    output = base / name
+    match name:
+        case "demo_videos":
+            from opensora.demo.videos import run as demo_videos
+
+            return demo_videos(config.demo, output)
+        case "demo_models":
+            from opensora.demo.models import run as demo_models
+
+            return demo_models(config, base / "score", base / "split", output)
+        case "download":
+            return _download(config, base, output)
+        case "split":
+            from opensora.data.split import run as split
+
+            return split(config.split, base / "download", output)
+        case "score":
+            from opensora.data.score import run as score
+
+            return score(config.score, base / "split", output)
+        case "caption":
+            from opensora.data.caption import run as caption
+
+            model = weights_folder(config, base, config.caption.model)
+            return caption(config.caption, base / "score", base / "split", model, output)
+        case "encode":
+            from opensora.data.encode import run as encode
+
+            vae = weights_folder(config, base, config.encode.vae)
+            text = weights_folder(config, base, config.encode.text_encoder)
+            return encode(config.encode, base / "caption", base / "split", vae, text, output)
+        case "evaluate":
+            return _evaluate(config, base, output, root)
+        case "promote":
+            from opensora.promote import run as promote
+
+            last = base / TRAIN_STEPS[-1]
+            return promote(config.promote, config.profile, base / "evaluate", last, root, output)
+        case _ if name in TRAIN_STEPS:
+            from opensora.training.stages import run as train
+            from opensora.training.stages import stage_before
+
+            before = stage_before(name)
+            return train(config, name, base / "encode", base / before if before else None, output, root)
+    raise ConfigError(f"unknown step {name!r}; one of {', '.join(ALL_STEPS)}")
+
+
+def weights_folder(config: "Config", base: Path, name: str) -> Path:
+    """The folder of a pretrained or demo-built model."""
+    if config.demo.build_models:
+        return base / "demo_models" / name
+    from opensora.weights import find_weights
+
+    return find_weights(name, Path(config.weights_dir), config.offline)
+
+
+def _download(config: "Config", base: Path, output: Path) -> "Report":
+    from opensora.config import ConfigError
+    from opensora.data.download import run as download
+
+    source = config.download.source
+    if source:
+        return download(config.download, source, output)
+    if not config.demo.videos:
+        raise ConfigError(f"profile {config.profile} has no videos of its own; give --source FOLDER or a URL manifest")
+    from opensora.demo.server import serve
+
+    # The embedded world is fetched over HTTP, so that the demo downloads as real use does.
+    with serve(base / "demo_videos") as url:
+        local = config.download.model_copy(update={"allow_private_hosts": True})
+        return download(local, f"{url}/manifest.csv", output)
+
+
+def _evaluate(config: "Config", base: Path, output: Path, root: Path) -> "Report":
+    from opensora.config import TRAIN_STEPS
+    from opensora.evaluate import run as evaluate
+    from opensora.step import read_report
+
+    finished = [name for name in chain_steps(config) if (base / name / "report.json").is_file()]
+    reports = {name: read_report(base / name) for name in finished if name not in ("evaluate", "promote")}
+    seconds = {name: report.seconds for name, report in reports.items()}
+    peak = max((report.peak_memory_mib for report in reports.values()), default=0.0)
+    extra = {}
+    truth = base / "demo_videos" / "truth.json"
+    if truth.is_file() and not config.download.source:
+        from opensora.demo.captioner import caption_exact_match
+
+        extra["caption_exact_match"] = caption_exact_match(base / "caption" / "manifest.parquet", truth)
+    stages = {name: base / name for name in TRAIN_STEPS}
+    return evaluate(config, stages, base, output, root, extra=extra, seconds=seconds, peak_memory_mib=peak)

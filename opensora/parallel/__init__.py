@@ -1,0 +1,1 @@
+"""Engines: how one training step runs on one device or many."""

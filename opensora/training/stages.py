@@ -1,0 +1,151 @@
+"""The three stages: what each starts from, the processes it runs in, and the folder it leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from opensora.config import TRAIN_STEPS, Config, TrainConfig, UserError, build_config
+from opensora.manifest import kept_clips, read_manifest
+from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+
+JOB = "job.json"
+RESULT = "result.json"
+
+
+def run(config: Config, stage: str, encode: Path, previous: Path | None, output: Path, root: Path) -> Report:
+    """Train one stage and leave `output/checkpoints`.
+
+    Args:
+        stage: `train_image`, `train_video` or `train_highres`.
+        encode: folder of the encode step.
+        previous: folder of the stage before, whose averaged weights this one starts from; None for the first.
+        output: final folder of the step.
+        root: folder of all results, where the tracking store lies by default.
+
+    Raises:
+        StepError: a process failed.
+        Stopped: a signal arrived; the next start goes on from the checkpoint.
+    """
+    train: TrainConfig = getattr(config, stage)
+    before = read_report(previous).metrics if previous else {}
+    data = fingerprint(read_report(encode).metrics)
+    folder = StepFolder(output, fingerprint(stage, train.model_dump(), config.model.model_dump(), before, data))
+    if folder.is_done():
+        return read_report(output)
+    work = folder.open()
+    job = {
+        "config": config.model_dump(mode="json"),
+        "stage": stage,
+        "encode": str(encode.resolve()),
+        "previous": str(previous.resolve()) if previous else "",
+        "root": str(root.resolve()),
+    }
+    write_json(work / JOB, job)
+    if train.processes == 1:
+        train_in_process(work)
+    else:
+        _launch(work, train.processes)
+    metrics = json.loads((work / RESULT).read_text())
+    (work / JOB).unlink()
+    (work / RESULT).unlink()
+    kept = int(metrics.pop("clips"))
+    return folder.finish(Report(stage, total=kept, kept=kept, metrics=metrics))
+
+
+def _launch(work: Path, processes: int) -> None:
+    """Run the stage under torchrun and wait; Ctrl-C reaches the workers, which write a checkpoint first."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    child = subprocess.Popen([*command, "-m", "opensora.training.stages", str(work)])
+    before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code and not (work / RESULT).exists():
+        raise StepError(f"training stopped with exit code {code}; the log above says why, and a new start resumes")
+
+
+def train_in_process(work: Path) -> None:
+    """One process of a stage, described by the job file in `work`; rank 0 leaves the result there."""
+    from opensora.data.dataset import LatentDataset
+    from opensora.parallel.engine import build_engine
+    from opensora.tracking import Tracker
+    from opensora.training.train import Trainer
+
+    job = json.loads((work / JOB).read_text())
+    config, stage, encode = build_config(job["config"]), job["stage"], Path(job["encode"])
+    train: TrainConfig = getattr(config, stage)
+    engine = build_engine(train)
+    clips = kept_clips(read_manifest(encode / "manifest.parquet"))
+    data = LatentDataset(encode, clips, train.height, train.width, train.frames, train.frame_interval)
+    model = build_model(config, stage, data.latent_size[0], Path(job["previous"]) if job["previous"] else None)
+    info = {"config": job["config"], "stage": stage, **model_places(config, train, data.latent_size[0])}
+    tracker = None
+    if engine.rank == 0:
+        params = {"train": train.model_dump(), "model": config.model.model_dump()}
+        tracker = Tracker.start(Path(job["root"]), config.profile, stage, params, {}, work)
+    try:
+        trainer = Trainer(train, model, data, engine, tracker, work, info)
+        if tracker:
+            with tracker:
+                metrics = trainer.run()
+        else:
+            metrics = trainer.run()
+        if engine.rank == 0:
+            write_json(work / RESULT, metrics | {"clips": len(data)})
+    finally:
+        engine.close()
+
+
+def model_places(config: Config, train: TrainConfig, latent_height: int) -> dict[str, object]:
+    """Where generation finds the VAE and the text encoder: relative to a folder above the checkpoint."""
+    if config.demo.build_models:
+        folder = "demo_models"
+    else:
+        folder = str(Path(config.weights_dir).resolve())
+    return {
+        "vae": f"{folder}/{config.encode.vae}",
+        "text_encoder": f"{folder}/{config.encode.text_encoder}",
+        "vae_scale": train.height // latent_height,
+    }
+
+
+def build_model(config: Config, stage: str, latent_height: int, previous: Path | None):  # noqa: ANN201 (heavy import)
+    """The stage's STDiT with the weights it starts from: the stage before, `init_from`, or new ones."""
+    import torch
+
+    from opensora.models.stdit import STDiT
+    from opensora.training.checkpoint import load_weights, newest_checkpoint, stdit_config
+
+    train: TrainConfig = getattr(config, stage)
+    torch.manual_seed(train.seed)
+    model = STDiT(stdit_config(config, stage, train.height // latent_height))
+    if train.init_from:
+        raise UserError(f"{stage}.init_from: importing released weights is not part of this version; set it to ''")
+    if previous:
+        load_weights(model, newest_checkpoint(previous / "checkpoints"), "ema")
+    return model
+
+
+def stage_before(stage: str) -> str | None:
+    """The stage whose weights `stage` starts from."""
+    index = TRAIN_STEPS.index(stage)
+    return TRAIN_STEPS[index - 1] if index else None
+
+
+def _main() -> int:
+    try:
+        train_in_process(Path(sys.argv[1]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

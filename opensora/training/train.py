@@ -1,0 +1,223 @@
+"""The training loop: one stage of STDiT, from its data to its last checkpoint."""
+
+import json
+import logging
+import math
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from opensora.config import TrainConfig, UserError
+from opensora.data.dataset import LatentDataset, batches
+from opensora.diffusion.rectified_flow import RectifiedFlow
+from opensora.models.stdit import STDiT
+from opensora.parallel.engine import Engine
+from opensora.step import StepError
+from opensora.tracking import Tracker
+from opensora.training.checkpoint import CheckpointError, load_weights, newest_checkpoint, remove_old, save_checkpoint
+from opensora.training.ema import Ema
+from opensora.training.meter import Meter
+
+LOSSES = "losses.jsonl"
+MAX_RANKS = 1 << 16
+MAX_BAD_STEPS = 20  # skipped in a row before the run gives up
+log = logging.getLogger(__name__)
+
+
+class Stopped(UserError):
+    """SIGTERM or Ctrl-C arrived; a checkpoint was written, and the next start goes on from it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after a checkpoint; start again to resume")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class StopFlag:
+    """Set by SIGTERM and SIGINT; the loop looks at it between steps."""
+
+    number: int = 0
+
+    def __enter__(self) -> "StopFlag":
+        self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """One seed for each (run, step, rank): nothing is drawn twice, and resume draws the same."""
+    return ((seed << 32) + step) * MAX_RANKS + rank
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, constant, linear decay over the last `decay_share` of the steps."""
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    decay_steps = config.decay_share * config.steps
+    cold = min(1.0, (config.steps - step) / decay_steps) if decay_steps else 1.0
+    return config.lr * warm * cold
+
+
+def build_optimizer(model: STDiT, config: TrainConfig) -> torch.optim.Optimizer:
+    """Fused AdamW; biases and tables are not decayed."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+@dataclass
+class Trainer:
+    """One stage in training. `folder` receives checkpoints/ and losses.jsonl; `info` goes into each checkpoint."""
+
+    config: TrainConfig
+    model: STDiT
+    data: LatentDataset
+    engine: Engine
+    tracker: Tracker | None
+    folder: Path
+    info: dict[str, object]
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step, from the newest checkpoint in the folder if there is one; the last metrics.
+
+        Raises:
+            Stopped: a signal arrived, and a checkpoint was written.
+            StepError: the loss was not finite too many times in a row.
+        """
+        config, engine = self.config, self.engine
+        self.model.to(engine.device).train()
+        if config.activation_checkpointing:
+            for block in self.model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        optimizer = build_optimizer(self.model, config)
+        self.ema = Ema(self.model, config.ema_decay)
+        self.forward = engine.prepare(self.model, optimizer)
+        flow = RectifiedFlow(shift=config.shift)
+        start = self._resume()
+        stream = batches(self.data, config.batch_size, config.seed, engine.rank, engine.world_size, start)
+        meter = Meter(config.steps, self._tokens())
+        metrics: dict[str, float] = {}
+        bad_in_a_row = 0
+        with StopFlag() as stop:
+            for step in range(start, config.steps):
+                batch = next(stream)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, step)
+                loss = self._loss(flow, batch, step)
+                engine.backward(loss)
+                norm = engine.gradient_norm(config.clip_norm)
+                finite = math.isfinite(norm) and math.isfinite(float(loss))
+                bad, stopping = engine.any([not finite, bool(stop.number)])
+                bad_in_a_row = bad_in_a_row + 1 if bad else 0
+                if bad:
+                    engine.clear()
+                    log.warning("step %d skipped: loss %s, gradient norm %s", step, float(loss), norm)
+                else:
+                    engine.step()
+                    self.ema.update(step)
+                if bad_in_a_row >= MAX_BAD_STEPS:
+                    raise StepError(f"the loss was not finite in {bad_in_a_row} steps in a row; lower lr or check the data")
+
+                done = step + 1
+                meter.update(config.batch_size * engine.world_size)
+                if done % config.log_every == 0 or done == config.steps:
+                    metrics = {"loss": float(loss), "gradient_norm": norm, "lr": learning_rate(config, step)}
+                    self._log(done, metrics | meter.read(config.steps - done))
+                if stopping or done % config.checkpoint_every == 0 or done == config.steps:
+                    self._save(done)
+                if stopping and done < config.steps:
+                    raise Stopped(stop.number or signal.SIGTERM)
+        return metrics
+
+    def _tokens(self) -> int:
+        frames, rows, columns = self.model.grid
+        return frames * rows * columns
+
+    def _loss(self, flow: RectifiedFlow, batch: dict, step: int) -> Tensor:
+        seed = step_seed(self.config.seed, step, self.engine.rank)
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # the caption drop inside the model draws from the global generator
+        device = self.engine.device
+        x0 = batch["latent"].to(device)
+        t = flow.sample_timesteps(x0.shape[0], generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        text, mask = batch["text"].unsqueeze(1).to(device), batch["mask"].to(device)
+        low = self.config.dtype == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
+            return flow.training_losses(self.forward, x0, t, noise, text, mask)["loss"].mean()
+
+    def _resume(self) -> int:
+        """Load the newest undamaged checkpoint; returns its step, 0 without one."""
+        folder = self.folder / "checkpoints"
+        try:
+            path = newest_checkpoint(folder, set_aside=self.engine.rank == 0)
+        except CheckpointError:
+            return 0
+        load_weights(self.model, path, "model")
+        self.ema.load_state_dict(load_file(path / "ema.safetensors"))
+        self.engine.load(path / "optimizer.pt")
+        rng = torch.load(path / "rng.pt", weights_only=True)
+        if self.engine.rank < len(rng):
+            torch.set_rng_state(rng[self.engine.rank])
+        step = int(path.name.removeprefix("step-"))
+        self._cut_losses(step)
+        log.info("resuming from %s", path)
+        return step
+
+    def _cut_losses(self, step: int) -> None:
+        """Forget logged losses past the checkpoint: they will be logged again."""
+        path = self.folder / LOSSES
+        if self.engine.rank == 0 and path.exists():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in lines))
+
+    def _save(self, step: int) -> None:
+        rng = self.engine.gather(torch.get_rng_state())
+        if self.engine.rank == 0:
+            folder = self.folder / "checkpoints"
+            path = save_checkpoint(
+                folder,
+                step=step,
+                model=self.model.state_dict(),
+                ema=self.ema.state_dict(),
+                rng=rng,
+                save_optimizer=self.engine.save,
+                info=self.info,
+            )
+            remove_old(folder, self.config.keep_checkpoints)
+            if self.tracker:
+                digest = json.loads((path / "checkpoint.json").read_text())["sha256"]
+                self.tracker.log_checkpoint(path, step, digest)
+        self.engine.barrier()
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.engine.rank != 0:
+            return
+        with (self.folder / LOSSES).open("a") as handle:
+            handle.write(json.dumps({"step": step, "loss": metrics["loss"]}) + "\n")
+        print(
+            f"step {step}/{self.config.steps}  loss {metrics['loss']:.4f}  norm {metrics['gradient_norm']:.2f}  "
+            f"lr {metrics['lr']:.1e}  {metrics['samples_per_second']:.1f} samples/s  "
+            f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['peak_memory_mib']:.0f} MiB  "
+            f"eta {metrics['eta_seconds']:.0f} s",
+            flush=True,
+        )
+        if self.tracker:
+            self.tracker.log_metrics(metrics, step)
+
