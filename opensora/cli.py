@@ -28,7 +28,9 @@ app = typer.Typer(
     help="Raw videos in, a promoted text-to-video model out. The steps, in order: " + " → ".join(ALL_STEPS) + ".",
 )
 
-Profile = Annotated[str | None, typer.Option("--profile", help="smoke, demo, single_gpu or h800; default: as in params.yaml.")]
+Profile = Annotated[
+    str | None, typer.Option("--profile", help="smoke, demo, single_gpu or h800; default: as in params.yaml.")
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as in --set train_video.lr=2e-5.")]
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Workdir = Annotated[Path, typer.Option("--workdir", help="Root of the results: WORKDIR/<profile>/<step>/.")]

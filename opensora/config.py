@@ -1,6 +1,8 @@
 """The typed, frozen schema of params.yaml: every value with its unit, its limits and the rules between fields."""
 
 import difflib
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -183,7 +185,9 @@ class Gate(Section):
     metric: str = Field(description="name in metrics.json")
     direction: Literal["higher", "lower"] = "higher"
     floor: float | None = Field(None, description="absolute limit; null: none")
-    tolerance: float | None = Field(None, description="how much worse than the champion is accepted; null: not compared")
+    tolerance: float | None = Field(
+        None, description="how much worse than the champion is accepted; null: not compared"
+    )
 
 
 class PromoteConfig(Section):
@@ -289,10 +293,9 @@ def parse_override(text: str) -> dict:
     if not sign or not name:
         raise ConfigError(f"--set {text!r}: expected section.key=value, as in train_video.lr=2e-5")
     parsed = yaml.safe_load(value)
-    try:  # YAML 1.1 reads 2e-5, without a point, as text
-        parsed = float(parsed) if isinstance(parsed, str) else parsed
-    except ValueError:
-        pass
+    if isinstance(parsed, str):  # YAML 1.1 reads 2e-5, without a point, as text
+        with suppress(ValueError):
+            parsed = float(parsed)
     for part in reversed(name.split(".")):
         parsed = {part: parsed}
     return parsed
@@ -304,7 +307,7 @@ def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def _explain(detail: dict) -> str:
+def _explain(detail: Mapping) -> str:
     where = [str(part) for part in detail["loc"]]
     name = ".".join(where) or "params"
     if detail["type"] == "extra_forbidden":

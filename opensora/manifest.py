@@ -3,8 +3,9 @@
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,15 +48,11 @@ class Clip:
     reason: str = ""  # why the clip was dropped
 
 
+COLUMN_TYPES = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
 SCHEMA = pa.schema(
     [
-        pa.field(
-            item.name,
-            {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}.get(
-                item.type, pa.map_(pa.string(), pa.float64())
-            ),
-        )
-        for item in fields(Clip)
+        pa.field(name, COLUMN_TYPES.get(kind, pa.map_(pa.string(), pa.float64())))
+        for name, kind in get_type_hints(Clip).items()
     ],
     metadata={VERSION_KEY: VERSION.encode()},
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 class _Quiet(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class names it so)
+    def log_message(self, format: str, *args: object) -> None:
         """Say nothing: the download step reports what it fetched."""
 
 

@@ -65,5 +65,3 @@ def keep_mask(mask: Tensor | None, rows: int) -> Tensor | None:
         )
     keep = mask.ne(0)
     return keep if mask.shape[0] == rows else keep.repeat(rows // mask.shape[0], 1)
-
-

@@ -102,7 +102,7 @@ class TimestepEmbedder(nn.Module):
         index = torch.arange(half, dtype=torch.float32, device=timestep.device)
         angles = timestep.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * index / half)[None]
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class Mlp(nn.Module):
@@ -301,12 +301,16 @@ class STDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         patch = self.x_embedder.proj.weight
         nn.init.xavier_uniform_(patch.data.view(patch.shape[0], -1))
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
-            nn.init.normal_(linear.weight, std=0.02)
+        for part in (self.t_embedder.mlp, self.t_block):
+            for linear in part:
+                if isinstance(linear, nn.Linear):
+                    nn.init.normal_(linear.weight, std=0.02)
         if self.config.caption_init_std is not None:
             nn.init.normal_(self.y_embedder.y_proj.fc1.weight, std=self.config.caption_init_std)
             nn.init.normal_(self.y_embedder.y_proj.fc2.weight, std=self.config.caption_init_std)
-        for block in self.blocks:
+        for block in self.modules():
+            if not isinstance(block, STDiTBlock):
+                continue
             nn.init.zeros_(block.cross_attn.proj.weight)
             nn.init.zeros_(block.attn_temp.proj.weight)  # a warm start begins as an image model
         nn.init.zeros_(self.final_layer.linear.weight)

@@ -34,9 +34,7 @@ class TorchEngine(Engine):
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         # The buffers are constants, so they are not broadcast at every step.
-        return DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -5,10 +5,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opensora.config import TRAIN_STEPS, Config, TrainConfig, UserError, build_config
 from opensora.manifest import kept_clips, read_manifest
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+
+if TYPE_CHECKING:
+    from opensora.models.stdit import STDiT
 
 JOB = "job.json"
 RESULT = "result.json"
@@ -115,7 +119,7 @@ def model_places(config: Config, train: TrainConfig, latent_height: int) -> dict
     }
 
 
-def build_model(config: Config, stage: str, latent_height: int, previous: Path | None):  # noqa: ANN201 (heavy import)
+def build_model(config: Config, stage: str, latent_height: int, previous: Path | None) -> "STDiT":
     """The stage's STDiT with the weights it starts from: the stage before, `init_from`, or new ones."""
     import torch
 

@@ -132,7 +132,9 @@ class Trainer:
                     engine.step()
                     self.ema.update(step)
                 if bad_in_a_row >= MAX_BAD_STEPS:
-                    raise StepError(f"the loss was not finite in {bad_in_a_row} steps in a row; lower lr or check the data")
+                    raise StepError(
+                        f"the loss was not finite in {bad_in_a_row} steps in a row; lower lr or check the data"
+                    )
 
                 done = step + 1
                 meter.update(config.batch_size * engine.world_size)
@@ -220,4 +222,3 @@ class Trainer:
         )
         if self.tracker:
             self.tracker.log_metrics(metrics, step)
-

@@ -1,0 +1,122 @@
+"""The tiny VAE of the embedded world: four times smaller latents, because eight times blurs shapes of 32 pixels.
+
+Shapes: `M` frames, `B` batch.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+SMALL = 32  # pixels, the small size that training stages use; crops have it too
+LEARNING_RATE = 2e-3  # falls linearly to zero
+KL_WEIGHT = 1e-5
+FULL, HALVED, CROPPED = 2, 6, 4  # frames a batch: as they are, scaled down to `SMALL`, cut out round the object
+MEASURED = 512  # frames that the latents' spread is measured on
+
+
+def build_vae() -> "AutoencoderKL":
+    """An untrained VAE [B, 3, H, W] -> latents [B, 4, H/4, W/4]."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(
+    frames: Tensor, *, steps: int, seed: int, progress: Callable[[int, float], None] | None = None
+) -> "AutoencoderKL":
+    """Train a VAE on frames uint8 [M, 3, H, W] with H = W ≥ 32; its scaling factor gives latents a spread of one.
+
+    Args:
+        steps: optimizer steps.
+        seed: of the weights and of every draw.
+        progress: called with the step and its loss.
+
+    Raises:
+        ValueError: `frames` is not of that shape or type.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or min(frames.shape[2:]) < SMALL:
+        raise ValueError(
+            f"frames must be uint8 [M, 3, H, W] of at least {SMALL} pixels, got {frames.dtype} {list(frames.shape)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = build_vae()
+        rng = np.random.default_rng(seed)
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps)
+        )
+        vae.train()
+        for step in range(steps):
+            full, small = _batch(frames, rng)
+            loss = torch.zeros(())
+            count = len(full) + len(small)
+            for pixels in (full, small):
+                loss = loss + _loss(vae, pixels) * len(pixels) / count
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress(step, loss.item())
+    vae.eval()
+    vae.register_to_config(scaling_factor=1.0 / _spread(vae, frames, rng))
+    return vae
+
+
+def _loss(vae: "AutoencoderKL", pixels: Tensor) -> Tensor:
+    """Mean absolute plus squared error of the reconstruction, and the KL term a pixel, for pixels [B, 3, H, W]."""
+    posterior = vae.encode(pixels).latent_dist  # float32: processors without bf16 need twenty times as long for bf16
+    error = vae.decode(posterior.sample()).sample - pixels
+    kl = posterior.kl().mean() / pixels[0].numel()
+    return error.abs().mean() + error.square().mean() + KL_WEIGHT * kl * pixels.shape[2] ** 2 / SMALL**2
+
+
+def _batch(frames: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Frames in −1…1: [4, 3, H, W] as they are, and [10, 3, 32, 32] scaled down or cut out round the object."""
+    size = frames.shape[-1]
+    chosen = torch.from_numpy(rng.integers(len(frames), size=FULL + HALVED + CROPPED))
+    pixels = frames[chosen].float() / 127.5 - 1
+    full, halved, cut = pixels.split([FULL, HALVED, CROPPED])
+    crops = []
+    for frame in cut:
+        row, column = _object_centre(frame)
+        top = int(np.clip(row - SMALL // 2 + rng.integers(-SMALL // 2, SMALL // 2 + 1), 0, size - SMALL))
+        left = int(np.clip(column - SMALL // 2 + rng.integers(-SMALL // 2, SMALL // 2 + 1), 0, size - SMALL))
+        crops.append(frame[:, top : top + SMALL, left : left + SMALL])
+    return full, torch.cat([F.interpolate(halved, size=(SMALL, SMALL), mode="area"), torch.stack(crops)])
+
+
+def _object_centre(frame: Tensor) -> tuple[int, int]:
+    """Row and column of the centre of what is most colourful in a frame [3, H, W]."""
+    chroma = frame.amax(0) - frame.amin(0)
+    rows, columns = torch.nonzero(chroma >= 0.5 * chroma.max(), as_tuple=True)
+    return int(rows.float().mean()), int(columns.float().mean())
+
+
+@torch.no_grad()
+def _spread(vae: "AutoencoderKL", frames: Tensor, rng: np.random.Generator) -> float:
+    """Standard deviation of the latents of some frames."""
+    chosen = torch.from_numpy(rng.integers(len(frames), size=MEASURED))
+    parts = [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in frames[chosen].split(32)]
+    return float(torch.cat(parts).std())
