@@ -133,4 +133,4 @@ def _evaluate(config: "Config", base: Path, output: Path, root: Path) -> "Report
 
         extra["caption_exact_match"] = caption_exact_match(base / "caption" / "manifest.parquet", truth)
     stages = {name: base / name for name in TRAIN_STEPS}
-    return evaluate(config, stages, base, output, root, extra=extra, seconds=seconds, peak_memory_mib=peak)
+    return evaluate(config, stages, output, root, extra=extra, seconds=seconds, peak_memory_mib=peak)

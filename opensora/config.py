@@ -67,8 +67,8 @@ class SplitConfig(Section):
     """Find shots and write them as normalised clips."""
 
     threshold: PositiveFloat = Field(27.0, description="ContentDetector's threshold")
-    min_shot_s: PositiveFloat = Field(0.6, description="seconds, shorter shots are merged by the detector")
-    max_clip_s: PositiveFloat = Field(10.0, description="seconds, longer shots are cut into several clips")
+    min_shot_s: PositiveFloat = Field(0.625, description="seconds, shorter shots are merged by the detector")
+    max_clip_s: PositiveFloat = Field(15.0, description="seconds, longer shots are cut into several clips")
     max_short_side: Positive = Field(512, description="pixels, larger clips are scaled down; never up")
     fps: PositiveFloat | None = Field(None, description="frames a second of the clips; null keeps the source's")
     crf: NonNegative = Field(18, description="x264 quality")

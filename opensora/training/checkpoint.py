@@ -123,6 +123,8 @@ def read_info(folder: Path, verify: bool = True) -> dict:
         raise CheckpointError(f"{folder / INFO} is damaged: {error}") from None
     if info.get("version") != VERSION:
         raise CheckpointError(f"{folder} has checkpoint version {info.get('version')}, expected {VERSION}")
+    if info["sha256"] != fingerprint(info["files"]):
+        raise CheckpointError(f"{folder / INFO} was changed by hand: its sha256 is not that of the files it lists")
     for name, expected in info["files"].items() if verify else ():
         path = folder / name
         if not path.is_file():

@@ -121,13 +121,14 @@ class Trainer:
                     group["lr"] = learning_rate(config, step)
                 loss = self._loss(flow, batch, step)
                 engine.backward(loss)
+                value = float(loss.detach())
                 norm = engine.gradient_norm(config.clip_norm)
-                finite = math.isfinite(norm) and math.isfinite(float(loss))
+                finite = math.isfinite(norm) and math.isfinite(value)
                 bad, stopping = engine.any([not finite, bool(stop.number)])
                 bad_in_a_row = bad_in_a_row + 1 if bad else 0
                 if bad:
                     engine.clear()
-                    log.warning("step %d skipped: loss %s, gradient norm %s", step, float(loss), norm)
+                    log.warning("step %d skipped: loss %s, gradient norm %s", step, value, norm)
                 else:
                     engine.step()
                     self.ema.update(step)
@@ -139,7 +140,7 @@ class Trainer:
                 done = step + 1
                 meter.update(config.batch_size * engine.world_size)
                 if done % config.log_every == 0 or done == config.steps:
-                    metrics = {"loss": float(loss), "gradient_norm": norm, "lr": learning_rate(config, step)}
+                    metrics = {"loss": value, "gradient_norm": norm, "lr": learning_rate(config, step)}
                     self._log(done, metrics | meter.read(config.steps - done))
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
                     self._save(done)

@@ -1,0 +1,1 @@
+"""Data preparation: from raw videos to latents that training reads."""

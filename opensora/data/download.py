@@ -1,0 +1,322 @@
+"""The step `download`: bring videos from a folder or a URL manifest, and check that each one decodes."""
+
+import csv
+import ipaddress
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urljoin, urlparse
+
+from opensora.config import DownloadConfig
+from opensora.data.executor import run_tasks
+from opensora.data.video import probe
+from opensora.manifest import Clip, drop_reasons, kept_clips, write_manifest
+from opensora.progress import track
+from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+
+SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+LISTS = {".csv", ".jsonl", ".parquet"}
+CAPTIONS = ".captions.json"
+BLOCK = 1 << 17  # bytes read at once
+PROBE_TIMEOUT_S = 60.0
+BACK_OFF_S = 0.5  # before the second try; doubles
+
+
+@dataclass(frozen=True)
+class Item:
+    """One video to bring: where from, and what its list says of it."""
+
+    url: str  # URL or path
+    name: str  # file name below videos/
+    sha256: str = ""
+    licence: str = "unknown"
+    captions: str = ""  # URL or path of a side-car file
+
+
+class DownloadError(RuntimeError):
+    """One file could not be brought; the message is the recorded reason."""
+
+
+def run(config: DownloadConfig, source: str, output: Path) -> Report:
+    """Bring every video of `source` (folder, list file or URL of a list) into `output/videos`.
+
+    Raises:
+        StepError: the source is missing or empty, nothing decodes, or more than `max_bad_share` is bad.
+    """
+    key = config.model_dump() | {"source": source}
+    key.pop("workers")
+    if _is_url(source) and _is_loopback(source):
+        key["source"] = urlparse(source).path  # a local server has another port each time
+    folder = StepFolder(output, fingerprint(key, _state(source)))
+    if folder.is_done():
+        return read_report(output)
+    work = folder.open()
+    items = list_items(source, config)
+    rows = _fetch_all(items, work, config)
+    clips = _probe_all(rows, work)
+    write_manifest(work / "manifest.parquet", clips)
+    dropped = drop_reasons(clips)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    kept = kept_clips(clips)
+    if not kept:
+        raise StepError(f"none of the {len(clips)} files of {source} is a usable video ({reasons})")
+    bad = len(clips) - len(kept)
+    if bad > config.max_bad_share * len(clips):
+        raise StepError(f"{bad} of {len(clips)} videos are bad ({reasons}); raise download.max_bad_share to go on")
+    shutil.rmtree(work / "rows")
+    return folder.finish(Report("download", total=len(clips), kept=len(kept), dropped=dropped))
+
+
+def _state(source: str) -> object:
+    """What tells whether a local source changed: names, sizes and times of its files."""
+    path = Path(source)
+    if _is_url(source) or not path.exists():
+        return source
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
+def _is_url(text: str) -> bool:
+    return urlparse(text).scheme in ("http", "https")
+
+
+def _is_loopback(url: str) -> bool:
+    return urlparse(url).hostname in ("127.0.0.1", "localhost")
+
+
+def list_items(source: str, config: DownloadConfig) -> list[Item]:
+    """The videos of a source, in a stable order.
+
+    Raises:
+        StepError: no such folder or list, or nothing in it.
+    """
+    path = Path(source)
+    if not _is_url(source) and not path.exists():
+        raise StepError(f"no such folder or list: {source}; give a folder of videos or a csv, jsonl or parquet list")
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        items = [
+            Item(str(file), _safe_name(index, file.name), captions=_side_car(file)) for index, file in enumerate(files)
+        ]
+        if not items:
+            raise StepError(f"{source} holds no video ({', '.join(sorted(SUFFIXES))}); give a folder that does")
+        return items
+    rows = list(_read_list(source, config))
+    if not rows:
+        raise StepError(f"the list {source} has no rows")
+    if "url" not in rows[0]:
+        raise StepError(f"the list {source} lacks the column 'url'; it has {', '.join(map(str, rows[0]))}")
+    return [_item(index, row, source) for index, row in enumerate(rows)]
+
+
+def _side_car(file: Path) -> str:
+    side = file.with_suffix(CAPTIONS)
+    return str(side) if side.is_file() else ""
+
+
+def _item(index: int, row: dict, source: str) -> Item:
+    def absolute(value: object) -> str:
+        text = str(value or "")
+        if not text or _is_url(text):
+            return text
+        return urljoin(source, text) if _is_url(source) else str(Path(source).parent / text)
+
+    url = absolute(row["url"])
+    name = _safe_name(index, Path(urlparse(url).path).name)
+    captions = absolute(row.get("captions") or row.get("caption_path"))
+    return Item(url, name, str(row.get("sha256") or ""), str(row.get("licence") or "unknown"), captions)
+
+
+def _safe_name(index: int, name: str) -> str:
+    """A unique file name of plain characters that ends in a video's suffix."""
+    stem = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in Path(name).stem)[:80]
+    suffix = Path(name).suffix.lower()
+    return f"{index:06d}-{stem}{suffix if suffix in SUFFIXES else '.mp4'}"
+
+
+def _read_list(source: str, config: DownloadConfig) -> Iterator[dict]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(source)
+        suffix = Path(urlparse(source).path).suffix
+        if _is_url(source):
+            path = Path(folder) / f"list{suffix}"
+            try:
+                fetch(source, path, config)
+            except DownloadError as error:
+                raise StepError(f"the list {source} could not be fetched: {error}") from None
+        if suffix not in LISTS:
+            raise StepError(f"{source} is neither a folder nor a list ({', '.join(sorted(LISTS))})")
+        if suffix == ".csv":
+            with path.open(newline="") as handle:
+                yield from csv.DictReader(handle)
+        elif suffix == ".jsonl":
+            yield from (json.loads(line) for line in path.read_text().splitlines() if line.strip())
+        else:
+            import pyarrow.parquet as pq
+
+            yield from pq.read_table(path).to_pylist()
+
+
+def _fetch_all(items: list[Item], work: Path, config: DownloadConfig) -> list[Clip]:
+    """Bring every item; a finished one leaves its row below rows/, which a resumed run reads instead."""
+    (work / "videos").mkdir(exist_ok=True)
+    (work / "rows").mkdir(exist_ok=True)
+    with ThreadPoolExecutor(config.workers) as pool:
+        try:
+            done = pool.map(lambda item: _fetch_item(item, work, config), items)
+            rows = list(track(done, len(items), "downloading"))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+    seen: set[str] = set()
+    clips = []
+    for clip in rows:
+        if clip.kept and clip.source_sha256 in seen:
+            clip = replace(clip, kept=False, reason="duplicate: the same file came before")
+        seen.add(clip.source_sha256)
+        clips.append(clip)
+    return clips
+
+
+def _fetch_item(item: Item, work: Path, config: DownloadConfig) -> Clip:
+    mark = work / "rows" / f"{item.name}.json"
+    target = work / "videos" / item.name
+    if mark.is_file():
+        return Clip(**json.loads(mark.read_text()))
+    clip = Clip(clip_id="", source=item.url, licence=item.licence, path=f"videos/{item.name}")
+    try:
+        _bring(item.url, target, config)
+        if item.captions:
+            _bring(item.captions, target.with_suffix(CAPTIONS), config)
+        digest = _sha256(target)
+        if item.sha256 and digest != item.sha256:
+            raise DownloadError(f"wrong content: sha256 is {digest[:12]}…, the list says {item.sha256[:12]}…")
+        clip = replace(clip, clip_id=digest[:16], source_sha256=digest, size=target.stat().st_size)
+    except DownloadError as error:
+        target.unlink(missing_ok=True)
+        identity = sha256(item.url.encode()).hexdigest()[:16]
+        clip = replace(clip, clip_id=identity, path="", kept=False, reason=str(error))
+    write_json(mark, asdict(clip))
+    return clip
+
+
+def _bring(url: str, target: Path, config: DownloadConfig) -> None:
+    if _is_url(url):
+        fetch(url, target, config)
+        return
+    try:
+        part = target.with_name(target.name + ".part")
+        shutil.copyfile(url, part)
+        part.replace(target)
+    except FileNotFoundError:
+        raise DownloadError(f"missing: no file at {url}") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(url: str, target: Path, config: DownloadConfig) -> None:
+    """Download `url`; a cut connection is taken up where it broke, and `target` appears whole or not at all.
+
+    Raises:
+        DownloadError: "refused: …", "dead link: …" or "download failed: …".
+    """
+    if not config.allow_private_hosts:
+        _refuse_private(url)
+    wait = BACK_OFF_S
+    for tries_left in range(config.retries, -1, -1):
+        try:
+            return _try_fetch(url, target, config)
+        except (OSError, EOFError) as error:  # requests' own errors are OSErrors
+            if isinstance(error, OSError) and error.errno == 28:
+                raise
+            if not tries_left:
+                raise DownloadError(f"download failed: {error}") from None
+            time.sleep(wait)
+            wait *= 2
+
+
+def _try_fetch(url: str, target: Path, config: DownloadConfig) -> None:
+    import requests
+
+    part, tag = target.with_name(target.name + ".part"), target.with_name(target.name + ".etag")
+    have = part.stat().st_size if part.is_file() and tag.is_file() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
+    with requests.get(url, headers=headers, stream=True, timeout=config.timeout_s) as answer:
+        if answer.status_code == 416:
+            part.unlink(missing_ok=True)
+            raise EOFError("the server refused the range; starting over")
+        if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
+            raise DownloadError(f"dead link: HTTP {answer.status_code}")
+        if answer.status_code >= 400:
+            raise EOFError(f"HTTP {answer.status_code}")
+        if answer.status_code != 206:
+            have = 0
+        if answer.headers.get("ETag"):
+            tag.write_text(answer.headers["ETag"])
+        expected = have + int(answer.headers.get("Content-Length", -1))
+        limit = config.max_mib << 20
+        if expected > limit:
+            raise DownloadError(f"too large: {expected >> 20} MiB, the limit is {config.max_mib}")
+        with part.open("ab" if have else "wb") as handle:
+            for block in answer.iter_content(BLOCK):
+                handle.write(block)
+                if handle.tell() > limit:
+                    raise DownloadError(f"too large: more than {config.max_mib} MiB")
+            handle.flush()
+            os.fsync(handle.fileno())
+            size = handle.tell()
+    if "Content-Length" in answer.headers and size != expected:
+        raise EOFError(f"the connection ended after {size} of {expected} bytes")
+    part.replace(target)
+    tag.unlink(missing_ok=True)
+
+
+def _refuse_private(url: str) -> None:
+    """A list must not reach into the network that the step runs in."""
+    host = urlparse(url).hostname or ""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except socket.gaierror:
+        raise DownloadError(f"dead link: the host {host} is unknown") from None
+    for address in addresses:
+        if not ipaddress.ip_address(address).is_global:
+            raise DownloadError(f"refused: {host} is a private address; set download.allow_private_hosts to allow it")
+
+
+def _probe_all(clips: list[Clip], work: Path) -> list[Clip]:
+    """Decode the head of every file in a process that may crash or hang."""
+    present = [clip for clip in clips if clip.kept]
+    outcomes = run_tasks(probe, [work / clip.path for clip in present], 2, PROBE_TIMEOUT_S)
+    found = {}
+    for outcome in track(outcomes, len(present), "checking videos"):
+        clip = present[outcome.index]
+        if outcome.value is None:
+            found[clip.path] = replace(clip, kept=False, reason=outcome.failure)
+        else:
+            about = outcome.value
+            found[clip.path] = replace(
+                clip,
+                fps=about.fps,
+                frames=about.frames,
+                width=about.width,
+                height=about.height,
+                end_s=about.duration_s,
+            )
+    return [found.get(clip.path, clip) if clip.kept else clip for clip in clips]

@@ -1,0 +1,1 @@
+"""Measures of generated videos; each name says what it is made of."""
