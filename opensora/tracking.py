@@ -274,6 +274,7 @@ class Tracker:
         model = mlflow.create_external_model(
             name=f"{self.step}-{record['step']}",
             source_run_id=run,
+            experiment_id=_experiment(self._client, self.root, self.profile),
             params={"step": str(record["step"])},
             tags={"checkpoint.uri": record["path"], "checkpoint.sha256": record["sha256"]},
         )

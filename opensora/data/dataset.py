@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -80,6 +81,11 @@ class LatentDataset:
         return {"latent": latent.transpose(0, 1), "text": padded, "mask": mask, "clip_id": self.clips[index].clip_id}
 
 
+def draw_seed(*parts: int) -> int:
+    """A 32-bit seed mixed from numbers such as (seed, step, rank); torch's CPU generator reads no more bits."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 def batches(
     dataset: LatentDataset, batch_size: int, seed: int, rank: int, world_size: int, start_step: int
 ) -> Iterator[dict[str, Any]]:
@@ -97,9 +103,9 @@ def batches(
             number = (step * world_size + rank) * batch_size + place
             epoch, position = divmod(number, count)
             if epoch not in orders:
-                generator = torch.Generator().manual_seed((seed << 32) + epoch)
+                generator = torch.Generator().manual_seed(draw_seed(seed, epoch))
                 orders = {epoch: torch.randperm(count, generator=generator)}
-            generator = torch.Generator().manual_seed(((seed + 1) << 40) + number)
+            generator = torch.Generator().manual_seed(draw_seed(seed, epoch, position))
             samples.append(dataset.sample(int(orders[epoch][position]), generator))
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("latent", "text", "mask")}
         yield batch | {"clip_id": [sample["clip_id"] for sample in samples]}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 SMALL = 32  # pixels, the small size that training stages use; crops have it too
-LEARNING_RATE = 2e-3  # falls linearly to zero
+LEARNING_RATE = 6e-3  # falls linearly to zero
 KL_WEIGHT = 1e-5
 FULL, HALVED, CROPPED = 2, 6, 4  # frames a batch: as they are, scaled down to `SMALL`, cut out round the object
 MEASURED = 512  # frames that the latents' spread is measured on
@@ -30,7 +30,7 @@ def build_vae() -> "AutoencoderKL":
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(16, 32, 32),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,

@@ -75,10 +75,10 @@ def _outline(shape: str, radius: float) -> np.ndarray:
 def render_clip(scene: Scene, frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """A clip of `scene`: uint8 [frames, size, size, 3]; `rng` draws size, path and background."""
     big = size * OVERSAMPLE
-    radius = rng.uniform(0.19, 0.23) * big
+    radius = rng.uniform(0.23, 0.27) * big
     direction = np.array(DIRECTIONS[scene.direction], dtype=float)
-    across = direction[::-1] * rng.uniform(-0.08, 0.08) * big
-    travel = rng.uniform(0.36, 0.42) * big
+    across = direction[::-1] * rng.uniform(-0.06, 0.06) * big
+    travel = rng.uniform(0.34, 0.38) * big
     background = np.full(3, rng.uniform(25, 60)) + rng.uniform(-4, 4, 3)
     colour = np.array(COLOURS[scene.colour], dtype=float)
     outline = _outline(scene.shape, radius)

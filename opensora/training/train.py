@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opensora.config import TrainConfig, UserError
-from opensora.data.dataset import LatentDataset, batches
+from opensora.data.dataset import LatentDataset, batches, draw_seed
 from opensora.diffusion.rectified_flow import RectifiedFlow
 from opensora.models.stdit import STDiT
 from opensora.parallel.engine import Engine
@@ -27,7 +27,6 @@ from opensora.training.ema import Ema
 from opensora.training.meter import Meter
 
 LOSSES = "losses.jsonl"
-MAX_RANKS = 1 << 16
 MAX_BAD_STEPS = 20  # skipped in a row before the run gives up
 log = logging.getLogger(__name__)
 
@@ -56,11 +55,6 @@ class StopFlag:
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """One seed for each (run, step, rank): nothing is drawn twice, and resume draws the same."""
-    return ((seed << 32) + step) * MAX_RANKS + rank
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -153,7 +147,7 @@ class Trainer:
         return frames * rows * columns
 
     def _loss(self, flow: RectifiedFlow, batch: dict, step: int) -> Tensor:
-        seed = step_seed(self.config.seed, step, self.engine.rank)
+        seed = draw_seed(self.config.seed, step, self.engine.rank)
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # the caption drop inside the model draws from the global generator
         device = self.engine.device

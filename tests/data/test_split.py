@@ -1,0 +1,154 @@
+"""Shots and clips: exact spans, normalised files, rotation, and what a real trailer holds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from opensora.config import DownloadConfig, SplitConfig
+from opensora.data import download, split
+from opensora.data.shards import read_clip
+from opensora.data.split import clip_size, cut
+from opensora.data.video import decode, read_frames
+from opensora.manifest import GIVEN, Clip, read_manifest
+from tests.shared import shared
+
+CONFIG = SplitConfig(max_short_side=64, shard_mib=1, max_clip_s=100)
+
+
+def colours(path: Path, shots: list[int], fps: int = 10) -> Path:
+    """A video whose shots are plain greys with a bright block; frame `i` carries its number in its first rows."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "1", "x264-params": "log=0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        number = 0
+        for index, length in enumerate(shots):
+            for _ in range(length):
+                frame = np.full((48, 64, 3), 40 if index % 2 else 200, np.uint8)
+                for bit in range(8):
+                    frame[:16, bit * 8 : bit * 8 + 8] = 255 * (number >> bit & 1)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                number += 1
+        container.mux(stream.encode(None))
+    return path
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [sum(int(frame[8, bit * 8 + 4, 0] > 127) << bit for bit in range(8)) for frame in frames]
+
+
+def pack(source: Path, tmp_path: Path, config: SplitConfig = CONFIG) -> list[Clip]:
+    download.run(DownloadConfig(max_bad_share=0.9), str(source), tmp_path / "download")
+    split.run(config, tmp_path / "download", tmp_path / "split")
+    return read_manifest(tmp_path / "split" / "manifest.parquet")
+
+
+def test_shots_are_cut_to_the_frame(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    colours(tmp_path / "in" / "a.mp4", [20, 13, 25])
+    captions = [{"start_s": 2.0, "end_s": 3.3, "caption": "the dark one"}]
+    (tmp_path / "in" / "a.captions.json").write_text(json.dumps(captions))
+    clips = pack(tmp_path / "in", tmp_path)
+    shown = [numbers(read_frames(read_clip(tmp_path / "split", clip))) for clip in clips]
+    assert shown == [list(range(20)), list(range(20, 33)), list(range(33, 58))]
+    assert [clip.frames for clip in clips] == [20, 13, 25]
+    assert [(clip.caption, clip.caption_model) for clip in clips] == [("", ""), ("the dark one", GIVEN), ("", "")]
+    assert len({clip.clip_id for clip in clips}) == 3
+
+
+def test_long_shots_are_cut_into_even_parts(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    colours(tmp_path / "in" / "a.mp4", [30])
+    clips = pack(tmp_path / "in", tmp_path, CONFIG.model_copy(update={"max_clip_s": 1.0}))
+    assert [clip.frames for clip in clips] == [10, 10, 10]
+
+
+def test_clips_are_normalised(tmp_path: Path) -> None:
+    clips = pack(shared("videos"), tmp_path, CONFIG.model_copy(update={"max_clip_s": 15}))
+    by_source: dict[str, list[Clip]] = {}
+    for clip in clips:
+        by_source.setdefault(Path(clip.source).name, []).append(clip)
+    counts = {name: len(rows) for name, rows in by_source.items()}
+    assert counts["sintel_10_shots.mp4"] == 10
+    assert counts["nasa_two_streams.mp4"] == 3
+    assert counts["bunny_audio.mp4"] == counts["bunny_vfr.mp4"] == counts["bunny_vp9.webm"] == 1
+    assert all(not row.kept and row.reason for name, rows in by_source.items() for row in rows if "bad_" in name)
+    assert by_source["hevc_small.mp4"][0].frames == 10
+    for clip in clips:
+        if clip.kept:
+            (tmp_path / "clip.mp4").write_bytes(read_clip(tmp_path / "split", clip))
+            with av.open(str(tmp_path / "clip.mp4")) as container:
+                assert len(container.streams) == 1  # no audio
+                stream = container.streams.video[0]
+                assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+                assert stream.average_rate == stream.base_rate
+                assert min(stream.width, stream.height) <= 64
+                keys = [i for i, p in enumerate(container.demux(stream)) if p.is_keyframe]
+            assert max(np.diff([*keys, clip.frames])) <= CONFIG.gop
+            assert len(read_frames(read_clip(tmp_path / "split", clip))) == clip.frames
+
+
+def test_rotation_is_baked_in() -> None:
+    path = shared("videos/rotated_90.mov")
+    _, ours = next(iter(decode(path)))
+    _, theirs = cv2.VideoCapture(str(path)).read()  # OpenCV turns the picture itself
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs[..., ::-1]).mean() < 3
+
+
+def test_variable_rate_becomes_constant(tmp_path: Path) -> None:
+    path = shared("videos/bunny_vfr.mp4")
+    frames = list(decode(path))
+    config = CONFIG.model_copy(update={"fps": 30.0})
+    ((clip, data),) = list(cut(path, Clip("x", "x"), [(0.0, float("inf"))], config, 16.9))
+    assert clip.frames == pytest.approx(frames[-1][0] * 30, abs=3)
+    shown = read_frames(data)
+    for second in (1.0, 2.5, 4.0):
+        small = [cv2.resize(pixels, (clip.width, clip.height), interpolation=cv2.INTER_AREA) for _, pixels in frames]
+        errors = [np.abs(shown[round(second * 30)].astype(int) - pixels).mean() for pixels in small]
+        expected = max(index for index, (when, _) in enumerate(frames) if when <= second + 0.25 / 30)
+        assert int(np.argmin(errors)) == expected
+
+
+def test_small_videos_are_not_scaled_up() -> None:
+    assert clip_size(128, 96, 512) == (128, 96)
+    assert clip_size(1921, 1081, 540) == (960, 540)
+    assert clip_size(63, 47, 512) == (62, 46)
+
+
+def test_the_number_of_workers_does_not_change_a_byte(clips: Path, tmp_path: Path) -> None:
+    from opensora.config import load_config
+    from tests.conftest import ROOT
+
+    config = load_config(ROOT / "params.yaml", "smoke").split.model_copy(update={"workers": 1})
+    split.run(config, clips / "download", tmp_path / "split")
+    for path in sorted((clips / "split").glob("clips-*.tar")):
+        assert path.read_bytes() == (tmp_path / "split" / path.name).read_bytes()
+
+
+def test_a_stopped_run_goes_on_with_the_videos_that_are_left(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    def stop_after_two(function, tasks, workers, timeout_s):  # type: ignore[no-untyped-def]
+        for index, task in enumerate(tasks):
+            done.append(task.video.clip_id)
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            yield replace(split_outcome, index=index, value=function(task))
+
+    from opensora.data.executor import Outcome
+
+    split_outcome: Outcome = Outcome(0)
+    monkeypatch.setattr(split, "run_tasks", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        split.run(CONFIG, clips / "download", tmp_path / "split")
+    assert not (tmp_path / "split").exists()
+    split.run(CONFIG, clips / "download", tmp_path / "split")
+    assert len(done) == 3 + 2  # four videos: two were kept, the third was begun twice
+    assert len(read_manifest(tmp_path / "split" / "manifest.parquet")) == 16

@@ -1,0 +1,118 @@
+"""Tracking: spool first, one parent with a child a step, nothing lost when the store is away."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opensora import tracking
+from opensora.tracking import RegistryError, Tracker, connect, flatten, model_version_path, replay
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def default_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def track(root: Path, step: str, profile: str = "smoke") -> Tracker:
+    return Tracker.start(root, profile, step, {"train": {"lr": 0.1}}, {"stage": step}, root)
+
+
+def runs(root: Path, profile: str = "smoke") -> list:
+    client = connect(root)
+    experiment = client.get_experiment_by_name(f"opensora-{profile}")
+    return list(client.search_runs([experiment.experiment_id])) if experiment else []
+
+
+def test_a_chain_is_a_parent_with_one_child_a_step(root: Path) -> None:
+    for step in ("train_image", "train_video"):
+        with track(root, step) as tracker:
+            tracker.log_metrics({"loss": 2.0}, 1)
+            tracker.log_metrics({"loss": 1.0}, 2)
+            tracker.log_image(np.zeros((4, 4, 3), np.uint8), "sample", 2)
+    children = [run for run in runs(root) if "mlflow.parentRunId" in run.data.tags]
+    assert {run.info.run_name for run in children} == {"train_image", "train_video"}
+    assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
+    assert all(run.info.status == "FINISHED" for run in runs(root))
+    child = children[0]
+    assert child.data.params["train.lr"] == "0.1"
+    assert child.data.tags["git_commit"]
+    history = connect(root).get_metric_history(child.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_step_that_finished_and_starts_again_gets_a_new_parent(root: Path) -> None:
+    before = {run.info.run_id for run in runs(root, "demo")}
+    for _ in range(2):
+        with track(root, "train_image", "demo"):
+            pass
+    parents = [run for run in runs(root, "demo") if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == len(before) + 2
+
+
+def test_a_stopped_step_goes_on_in_its_own_run(root: Path) -> None:
+    tracker = track(root, "train_highres", "h800")
+    tracker.log_metrics({"loss": 3.0}, 1)
+    tracker.close("KILLED")
+    with track(root, "train_highres", "h800") as again:
+        again.log_metrics({"loss": 2.0}, 2)
+    children = [run for run in runs(root, "h800") if "mlflow.parentRunId" in run.data.tags]
+    assert len(children) == 1
+    assert children[0].info.status == "FINISHED"
+    assert len(connect(root).get_metric_history(children[0].info.run_id, "loss")) == 2
+
+
+def test_an_error_marks_the_run_as_failed(root: Path) -> None:
+    with pytest.raises(ZeroDivisionError), track(root, "evaluate", "single_gpu"):
+        _ = 1 / 0
+    assert {run.info.status for run in runs(root, "single_gpu")} == {"FAILED"}
+
+
+def test_a_dead_store_stops_nothing_and_loses_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise ConnectionError("no server")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "connect", refuse)
+        with track(root, "promote", "smoke") as tracker:
+            for step in range(50):
+                tracker.log_metrics({"loss": float(step)}, step)
+    assert replay(root) == 1
+    child = next(run for run in runs(root) if run.info.run_name == "promote")
+    history = connect(root).get_metric_history(child.info.run_id, "loss")
+    assert [point.value for point in history] == [float(step) for step in range(50)]
+    assert replay(root) == 0
+
+
+def test_checkpoints_are_logged_by_reference(root: Path, tmp_path: Path) -> None:
+    with track(root, "train_video", "demo") as tracker:
+        tracker.log_checkpoint(tmp_path, 7, "abc")
+    import mlflow
+
+    connect(root)
+    found = mlflow.search_logged_models(experiment_ids=[runs(root, "demo")[0].info.experiment_id], output_format="list")
+    assert [(model.tags["checkpoint.sha256"], model.params["step"]) for model in found] == [("abc", "7")]
+
+
+def test_registry_names_what_is_missing_or_changed(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="not in the registry"):
+        model_version_path("models:/nothing@champion", root)
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"sha256": "new"}))
+    tags = {"checkpoint.uri": str(tmp_path), "checkpoint.sha256": "old"}
+    version = tracking.register(root, "m", tmp_path, tags)
+    tracking.set_champion(root, "m", version)
+    with pytest.raises(RegistryError, match="another sha256"):
+        model_version_path("models:/m@champion", root)
+    (tmp_path / "checkpoint.json").unlink()
+    with pytest.raises(RegistryError, match="no checkpoint any more"):
+        model_version_path(f"models:/m/{version}", root)
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": "1", "a.c": "[2]", "d": "None"}
