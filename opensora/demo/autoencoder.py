@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SMALL = 32  # pixels, the small size that training stages use; crops have it too
 LEARNING_RATE = 6e-3  # falls linearly to zero
 KL_WEIGHT = 1e-5
-FULL, HALVED, CROPPED = 2, 6, 4  # frames a batch: as they are, scaled down to `SMALL`, cut out round the object
+HALVED, CROPPED = 2, 2  # frames a batch, scaled down to `SMALL` or cut out round the object; few, for many steps
 MEASURED = 512  # frames that the latents' spread is measured on
 
 
@@ -61,17 +61,15 @@ def train_vae(
         torch.manual_seed(seed)
         vae = build_vae()
         rng = np.random.default_rng(seed)
-        optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps)
         )
         vae.train()
         for step in range(steps):
-            full, small = _batch(frames, rng)
-            loss = torch.zeros(())
-            count = len(full) + len(small)
-            for pixels in (full, small):
-                loss = loss + _loss(vae, pixels) * len(pixels) / count
+            loss = _loss(vae, _batch(frames, rng))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -89,22 +87,21 @@ def _loss(vae: "AutoencoderKL", pixels: Tensor) -> Tensor:
     posterior = vae.encode(pixels).latent_dist  # float32: processors without bf16 need twenty times as long for bf16
     error = vae.decode(posterior.sample()).sample - pixels
     kl = posterior.kl().mean() / pixels[0].numel()
-    return error.abs().mean() + error.square().mean() + KL_WEIGHT * kl * pixels.shape[2] ** 2 / SMALL**2
+    return error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
 
 
-def _batch(frames: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Frames in −1…1: [4, 3, H, W] as they are, and [10, 3, 32, 32] scaled down or cut out round the object."""
+def _batch(frames: Tensor, rng: np.random.Generator) -> Tensor:
+    """Frames [4, 3, 32, 32] in −1…1, scaled down or cut out round the object."""
     size = frames.shape[-1]
-    chosen = torch.from_numpy(rng.integers(len(frames), size=FULL + HALVED + CROPPED))
-    pixels = frames[chosen].float() / 127.5 - 1
-    full, halved, cut = pixels.split([FULL, HALVED, CROPPED])
+    chosen = torch.from_numpy(rng.integers(len(frames), size=HALVED + CROPPED))
+    halved, cut = (frames[chosen].float() / 127.5 - 1).split([HALVED, CROPPED])
     crops = []
     for frame in cut:
         row, column = _object_centre(frame)
         top = int(np.clip(row - SMALL // 2 + rng.integers(-SMALL // 2, SMALL // 2 + 1), 0, size - SMALL))
         left = int(np.clip(column - SMALL // 2 + rng.integers(-SMALL // 2, SMALL // 2 + 1), 0, size - SMALL))
         crops.append(frame[:, top : top + SMALL, left : left + SMALL])
-    return full, torch.cat([F.interpolate(halved, size=(SMALL, SMALL), mode="area"), torch.stack(crops)])
+    return torch.cat([F.interpolate(halved, size=(SMALL, SMALL), mode="area"), torch.stack(crops)])
 
 
 def _object_centre(frame: Tensor) -> tuple[int, int]:
