@@ -9,13 +9,15 @@ import numpy as np
 COLOURS = {"red": (225, 45, 45), "green": (40, 190, 70), "blue": (50, 90, 235), "yellow": (235, 205, 40)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y of the image
+RADIUS = (0.29, 0.31)  # share of the frame, least and most
+START = (-0.05, -0.02)  # where a path begins, along its direction from the middle, share of the frame
+END = (0.15, 0.18)  # where it ends
+ACROSS = 0.03  # share of the frame that a path lies off the middle at most
 DETECTOR_SIZE = 64  # pixels, frames are brought to this size before they are measured
 MIN_SATURATION = 70  # of 255, of a pixel that belongs to an object
 MIN_AREA = 0.02  # share of the frame that an object fills at least
 MIN_TRAVEL = 0.06  # share of the frame that an object crosses at least
-# Limits between shapes, halfway between what real clips give after the tiny VAE has blurred them.
-TRIANGLE_OFFSET = 0.045  # of the centroid below the middle of the bounding box, share of its height
-SQUARE_FILL = 0.855  # share of the bounding box
+MIN_OVERLAP = 0.7  # intersection over union of an object with the shape that it is taken for; real clips give 0.9
 OVERSAMPLE = 4  # drawn larger by this and averaged, for smooth edges
 
 
@@ -78,17 +80,17 @@ def _outline(shape: str, radius: float) -> np.ndarray:
 def render_clip(scene: Scene, frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """A clip of `scene`: uint8 [frames, size, size, 3]; `rng` draws size, path and background."""
     big = size * OVERSAMPLE
-    radius = rng.uniform(0.23, 0.27) * big
+    radius = rng.uniform(*RADIUS) * big
     direction = np.array(DIRECTIONS[scene.direction], dtype=float)
-    across = direction[::-1] * rng.uniform(-0.06, 0.06) * big
-    travel = rng.uniform(0.34, 0.38) * big
+    across = direction[::-1] * rng.uniform(-ACROSS, ACROSS) * big
+    start, end = rng.uniform(*START) * big, rng.uniform(*END) * big
     background = np.full(3, rng.uniform(25, 60)) + rng.uniform(-4, 4, 3)
     colour = np.array(COLOURS[scene.colour], dtype=float)
     outline = _outline(scene.shape, radius)
     clip = np.empty((frames, size, size, 3), dtype=np.uint8)
     for index in range(frames):
-        along = index / max(frames - 1, 1) - 0.5
-        centre = big / 2 + across + direction * travel * along
+        along = start + (end - start) * index / max(frames - 1, 1)
+        centre = big / 2 + across + direction * along
         canvas = np.empty((big, big, 3), dtype=np.uint8)
         canvas[:] = background.round().astype(np.uint8)
         corners = np.round((outline + centre) * 16).astype(np.int32)
@@ -110,13 +112,19 @@ def _object(frame: np.ndarray) -> np.ndarray | None:
     return labels == largest
 
 
-def _shape_of(mask: np.ndarray) -> str:
-    """A triangle is heavier below the middle of its bounding box; a square fills the box, a circle π/4 of it."""
-    rows, columns = np.nonzero(mask)
-    height, width = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
-    if (rows.mean() - (rows.max() + rows.min()) / 2) / height > TRIANGLE_OFFSET:
-        return "triangle"
-    return "square" if mask.sum() / (height * width) > SQUARE_FILL else "circle"
+def _overlaps(mask: np.ndarray) -> np.ndarray:
+    """Intersection over union of a mask with each of `SHAPES`, drawn with the same area round the same centroid."""
+    area, (row, column) = mask.sum(), np.argwhere(mask).mean(axis=0)
+    overlaps = []
+    for shape in SHAPES:
+        outline = _outline(shape, 1.0)
+        moments = cv2.moments(outline.astype(np.float32))
+        outline -= np.array([moments["m10"], moments["m01"]]) / moments["m00"]
+        corners = outline * np.sqrt(area / moments["m00"]) + [column, row]
+        drawn = np.zeros(mask.shape, np.uint8)
+        cv2.fillPoly(drawn, [np.round(corners * 16).astype(np.int32)], 1, shift=4)
+        overlaps.append((mask & (drawn > 0)).sum() / (mask | (drawn > 0)).sum())
+    return np.array(overlaps)
 
 
 def _colour_of(frame: np.ndarray, mask: np.ndarray) -> str:
@@ -127,21 +135,26 @@ def _colour_of(frame: np.ndarray, mask: np.ndarray) -> str:
 
 
 def detect(frames: np.ndarray) -> Detection:
-    """Read a clip uint8 [T, H, W, 3] back: colour and shape by the majority of frames, direction by the path."""
+    """Read a clip uint8 [T, H, W, 3] back.
+
+    The colour is the nearest of the palette in most frames, the shape the one that overlaps most with the object over
+    all frames, the direction that of the path from the first quarter of the frames to the last.
+    """
     cv2.setNumThreads(1)  # its threads fight with those of the caller
     seen = [(index, _object(frame)) for index, frame in enumerate(frames)]
     found = [(index, mask) for index, mask in seen if mask is not None]
     if len(found) < max(1, len(frames) // 2):
         return Detection(None, None, None)
     colours = [_colour_of(frames[index], mask) for index, mask in found]
-    shapes = [_shape_of(mask) for _, mask in found]
+    overlaps = np.mean([_overlaps(mask) for _, mask in found], axis=0)
+    shape = SHAPES[int(overlaps.argmax())] if overlaps.max() >= MIN_OVERLAP else None
     centres = np.array([np.argwhere(mask).mean(axis=0)[::-1] / DETECTOR_SIZE for _, mask in found])
     quarter = max(1, len(centres) // 4)
     path = centres[-quarter:].mean(axis=0) - centres[:quarter].mean(axis=0)
     direction = None
     if len(frames) > 1 and np.abs(path).max() > MIN_TRAVEL:
         direction = max(DIRECTIONS, key=lambda name: float(np.dot(DIRECTIONS[name], path)))
-    return Detection(_majority(colours), _majority(shapes), direction)
+    return Detection(_majority(colours), shape, direction)
 
 
 def _majority(names: list[str]) -> str:
