@@ -146,13 +146,13 @@ class TrainConfig(Section):
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
     decay_share: Share = Field(0.0, description="last share of the steps, over which lr falls linearly to 0")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for matrices in blocks, AdamW else")
     clip_norm: PositiveFloat = Field(1.0, description="gradient norm limit")
     ema_decay: Share = Field(0.9999, description="a step")
     objective: Literal["rectified_flow", "iddpm"] = "iddpm"
     shift: PositiveFloat = Field(1.0, description="timestep shift of rectified flow")
     space_scale: PositiveFloat = Field(1.0, description="spatial positions are divided by it")
     time_scale: PositiveFloat = Field(1.0, description="temporal positions are divided by it")
+    sample_posterior: bool = Field(True, description="train on draws from the VAE's posterior; false: on its means")
     dtype: Literal["float32", "bfloat16"] = "float32"
     engine: Literal["torch", "colossalai"] = "torch"
     zero_stage: Literal[0, 1, 2] = Field(0, description="ColossalAI's ZeRO stage")

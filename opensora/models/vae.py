@@ -16,7 +16,7 @@ class FrameVAE:
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False)
         self.vae = vae.to(device).eval()
         self.device, self.dtype = device, dtype
         self.factor: float = self.vae.config.scaling_factor

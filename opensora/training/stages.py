@@ -87,7 +87,14 @@ def train_in_process(work: Path) -> None:
     engine = build_engine(train)
     clips = kept_clips(read_manifest(encode / "manifest.parquet"))
     data = LatentDataset(
-        encode, clips, train.height, train.width, train.frames, train.frame_interval, config.encode.max_tokens
+        encode,
+        clips,
+        train.height,
+        train.width,
+        train.frames,
+        train.frame_interval,
+        config.encode.max_tokens,
+        train.sample_posterior,
     )
     model = build_model(config, stage, data.latent_size[0], Path(job["previous"]) if job["previous"] else None)
     info = {"config": job["config"], "stage": stage, **model_places(config, train, data.latent_size[0])}
@@ -131,6 +138,8 @@ def build_model(config: Config, stage: str, latent_height: int, previous: Path |
     train: TrainConfig = getattr(config, stage)
     torch.manual_seed(train.seed)
     model = STDiT(stdit_config(config, stage, train.height // latent_height))
+    if train.objective != "rectified_flow":
+        raise UserError(f"{stage}.objective: {train.objective} is not part of this version; set it to rectified_flow")
     if train.init_from:
         raise UserError(f"{stage}.init_from: importing released weights is not part of this version; set it to ''")
     if previous:

@@ -18,8 +18,8 @@ def test_vae_learns_repeats_and_has_unit_latents(tmp_path: Path) -> None:
     clips = np.concatenate([render_clip(scene, 2, 64, rng) for scene in all_scenes()[::6]])
     frames = torch.from_numpy(clips).permute(0, 3, 1, 2).contiguous()
     losses: list[float] = []
-    vae = train_vae(frames, steps=8, seed=0, progress=lambda step, loss: losses.append(loss))
-    assert losses[-1] < 0.7 * losses[0]
+    vae = train_vae(frames, steps=40, seed=0, progress=lambda step, loss: losses.append(loss))
+    assert np.mean(losses[-4:]) < 0.7 * np.mean(losses[:4])
     again: list[float] = []
     train_vae(frames, steps=3, seed=0, progress=lambda step, loss: again.append(loss))
     assert again[0] == losses[0]
