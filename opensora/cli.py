@@ -113,8 +113,10 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="What the video shows; may be repeated.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line, a seed after a tab if wanted.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next one takes the next seed.")] = 0,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 30,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 turns it off.")] = 4.0,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: as evaluated.", min=1)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale, 1 turns it off; default: as evaluated.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the mp4 files.")] = Path("outputs"),
     fps: Annotated[int, typer.Option(help="Frames a second.", min=1)] = 8,
     workdir: Workdir = RUNS,

@@ -84,16 +84,20 @@ def generate(
     seeds: Sequence[int],
     out: Path,
     *,
-    steps: int = 30,
-    guidance: float = 4.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     fps: int = 8,
     batch_size: int = 8,
 ) -> Iterator[Path]:
     """Write a file a prompt into `out` and yield its path; files made before with the same settings are kept.
 
+    `steps` and `guidance` are by default those that the checkpoint's configuration evaluates with.
     Beside them `generated.jsonl` says, a line a file, what made it.
     """
     pipeline = Pipeline.load(checkpoint)
+    evaluate = pipeline.checkpoint.config.evaluate
+    steps = evaluate.steps if steps is None else steps
+    guidance = evaluate.guidance if guidance is None else guidance
     out.mkdir(parents=True, exist_ok=True)
     settings = {"steps": steps, "guidance": guidance, "checkpoint": pipeline.checkpoint.sha256, "fps": fps}
     wanted: list[dict[str, Any]] = [

@@ -2,25 +2,37 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
 PLAIN_EVERY_S = 5.0
 
 
-def track(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """Yield `items` and show how many of `total` are done."""
+def track(items: Iterable[Item], total: int, label: str, *, lines: bool = True) -> Iterator[Item]:
+    """Yield `items` and show how many of `total` are done; `lines=False` for work that prints lines of its own."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track as bar
 
         yield from bar(items, label, total, console=Console(stderr=True), transient=True)
         return
-    last = time.monotonic()
+    say = plain_lines(label, total) if lines else None
     for done, item in enumerate(items, 1):
         yield item
+        if say:
+            say(done)
+
+
+def plain_lines(label: str, total: int) -> Callable[..., None]:
+    """A function to call with the number done; prints a line every few seconds. For processes that share a terminal."""
+    last = time.monotonic()
+
+    def say(done: int, *_: object) -> None:
+        nonlocal last
         now = time.monotonic()
         if now - last >= PLAIN_EVERY_S and done < total:
             print(f"{label} {done}/{total}", file=sys.stderr, flush=True)
             last = now
+
+    return say

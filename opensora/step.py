@@ -2,9 +2,10 @@
 
 import json
 import os
-import resource
 import shutil
+import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +30,7 @@ class Report:
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0  # wall time
-    peak_memory_mib: float = 0.0  # of this process, or of its largest child
+    peak_memory_mib: float = 0.0  # of this process and all its children together, sampled
 
 
 def write_json(path: Path, value: object) -> None:
@@ -59,6 +60,40 @@ def fingerprint(*values: object) -> str:
     return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
+class PeakMemory:
+    """The most memory that this process and its children held at once; pages they share count once a process."""
+
+    EVERY_S = 0.5
+
+    def __init__(self) -> None:
+        self._peak = 0
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="peak memory")
+
+    def start(self) -> None:
+        """Look twice a second until this process ends."""
+        self._thread.start()
+
+    def read_mib(self) -> float:
+        """The peak so far, in MiB."""
+        self._look()
+        return self._peak / 2**20
+
+    def _watch(self) -> None:
+        while True:
+            self._look()
+            time.sleep(self.EVERY_S)
+
+    def _look(self) -> None:
+        import psutil
+
+        own = psutil.Process()
+        total = 0
+        for process in [own, *own.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        self._peak = max(self._peak, total)
+
+
 class StepFolder:
     """A step's output while it is being written: `path` holds the work, `finish` puts it under its final name."""
 
@@ -67,6 +102,7 @@ class StepFolder:
         self.path = output.parent / ".partial" / output.name
         self.key = key
         self.started = time.monotonic()
+        self._memory = PeakMemory()
 
     def is_done(self) -> bool:
         """Whether the final folder already holds a finished step with the same fingerprint."""
@@ -86,12 +122,15 @@ class StepFolder:
             shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(mark, self.key)
+        self._memory.start()
         return self.path
 
     def finish(self, report: Report) -> Report:
         """Write the report and rename the work folder to its final name."""
-        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-        values = asdict(report) | {"seconds": time.monotonic() - self.started, "peak_memory_mib": peak}
+        values = asdict(report) | {
+            "seconds": time.monotonic() - self.started,
+            "peak_memory_mib": self._memory.read_mib(),
+        }
         write_json(self.path / REPORT, values)
         if self.output.exists():
             shutil.rmtree(self.output)

@@ -53,8 +53,8 @@ def connect(root: Path) -> "MlflowClient":
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_uri(root))
-    return mlflow.MlflowClient()
+    uri = tracking_uri(root)  # not set globally: MLflow would write it into the environment
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def _experiment(client: "MlflowClient", root: Path, profile: str) -> str:
@@ -62,7 +62,7 @@ def _experiment(client: "MlflowClient", root: Path, profile: str) -> str:
     found = client.get_experiment_by_name(name)
     if found:
         return found.experiment_id
-    local = "MLFLOW_TRACKING_URI" not in os.environ
+    local = tracking_uri(root).startswith("sqlite:")
     place = (root / "mlartifacts" / name).resolve().as_uri() if local else None
     return client.create_experiment(name, artifact_location=place)
 
@@ -267,17 +267,17 @@ class Tracker:
                 client.set_terminated(self._parent_id(), record["status"], record["time"])
 
     def _send_checkpoint(self, run: str, record: dict) -> None:
-        import mlflow
         from mlflow.entities import LoggedModelOutput
 
         assert self._client is not None
-        model = mlflow.create_external_model(
+        model = self._client.create_logged_model(
+            _experiment(self._client, self.root, self.profile),
             name=f"{self.step}-{record['step']}",
             source_run_id=run,
-            experiment_id=_experiment(self._client, self.root, self.profile),
             params={"step": str(record["step"])},
             tags={"checkpoint.uri": record["path"], "checkpoint.sha256": record["sha256"]},
         )
+        self._client.finalize_logged_model(model.model_id, "READY")  # the files stay where they are
         self._client.log_outputs(run, [LoggedModelOutput(model.model_id, record["step"])])
 
     def _parent_id(self) -> str:

@@ -93,10 +93,7 @@ def test_a_dead_store_stops_nothing_and_loses_nothing(root: Path, monkeypatch: p
 def test_checkpoints_are_logged_by_reference(root: Path, tmp_path: Path) -> None:
     with track(root, "train_video", "demo") as tracker:
         tracker.log_checkpoint(tmp_path, 7, "abc")
-    import mlflow
-
-    connect(root)
-    found = mlflow.search_logged_models(experiment_ids=[runs(root, "demo")[0].info.experiment_id], output_format="list")
+    found = connect(root).search_logged_models([runs(root, "demo")[0].info.experiment_id])
     assert [(model.tags["checkpoint.sha256"], model.params["step"]) for model in found] == [("abc", "7")]
 
 

@@ -17,6 +17,7 @@ from opensora.manifest import Clip
 from opensora.step import StepError
 
 CACHE_LIMIT = 1 << 30  # bytes of latents that are kept in memory
+ORDER, CROP, NOISE = 1, 2, 3  # what a seed is for; no two uses share one
 
 
 class LatentDataset:
@@ -102,21 +103,24 @@ def batches(
     """Endless batches from `start_step` on; each epoch visits every clip once, in an order of its own.
 
     Sample `i` of all (over steps, ranks and places in the batch) is clip `i mod n` of epoch `i div n`'s permutation:
-    any step can be drawn without those before it, and no two ranks draw the same.
+    any step can be drawn without those before it, no two ranks draw the same, and the same samples with the same
+    noise come whatever the number of processes. `noise_seed` holds a seed a sample.
     """
     count = len(dataset)
     orders: dict[int, Tensor] = {}
     step = start_step
     while True:
-        samples = []
+        samples: list[dict[str, Any]] = []
+        noise_seeds: list[int] = []
         for place in range(batch_size):
             number = (step * world_size + rank) * batch_size + place
             epoch, position = divmod(number, count)
             if epoch not in orders:
-                generator = torch.Generator().manual_seed(draw_seed(seed, epoch))
+                generator = torch.Generator().manual_seed(draw_seed(seed, epoch, ORDER))
                 orders = {epoch: torch.randperm(count, generator=generator)}
-            generator = torch.Generator().manual_seed(draw_seed(seed, epoch, position))
+            generator = torch.Generator().manual_seed(draw_seed(seed, epoch, position, CROP))
             samples.append(dataset.sample(int(orders[epoch][position]), generator))
+            noise_seeds.append(draw_seed(seed, epoch, position, NOISE))
         batch = {key: torch.stack([sample[key] for sample in samples]) for key in ("latent", "text", "mask")}
-        yield batch | {"clip_id": [sample["clip_id"] for sample in samples]}
+        yield batch | {"clip_id": [sample["clip_id"] for sample in samples], "noise_seed": noise_seeds}
         step += 1

@@ -53,7 +53,7 @@ def train_vae(
     Args:
         steps: optimizer steps.
         seed: of the weights and of every draw.
-        progress: called with the step and its loss.
+        progress: called with the steps done and the loss.
 
     Raises:
         ValueError: `frames` is not of that shape or type.
@@ -81,7 +81,7 @@ def train_vae(
             optimizer.step()
             schedule.step()
             if progress is not None:
-                progress(step, loss.item())
+                progress(step + 1, loss.item())
     vae.eval()
     vae.register_to_config(scaling_factor=1.0 / _spread(vae, frames, rng))
     return vae

@@ -1,7 +1,7 @@
 """A tiny LLaVA that learns the embedded world's captions, saved in the form that Transformers loads."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,19 @@ BATCH, PEAK_LR = 48, 1e-3
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 
 
-def train_llava(folder: Path, pairs: Sequence[tuple[np.ndarray, str]], *, prompt: str, steps: int, seed: int) -> None:
+def train_llava(
+    folder: Path,
+    pairs: Sequence[tuple[np.ndarray, str]],
+    *,
+    prompt: str,
+    steps: int,
+    seed: int,
+    progress: Callable[[int, float], None] | None = None,
+) -> None:
     """Train on (frames uint8 [P, H, W, 3], caption) pairs and save model and processor to `folder`.
 
     The loss counts the caption's tokens alone. The learning rate rises over 20 steps and falls linearly to zero.
+    `progress` is called with the steps done and the loss.
     """
     import torch
     from transformers.utils import logging
@@ -38,7 +47,7 @@ def train_llava(folder: Path, pairs: Sequence[tuple[np.ndarray, str]], *, prompt
     )
     start = tokens.shape[1] - _caption_length(processor, pairs)
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
         chosen = torch.from_numpy(rng.integers(len(pairs), size=min(BATCH, len(pairs))))
         ids = tokens[chosen]
         labels = ids.clone()
@@ -55,6 +64,8 @@ def train_llava(folder: Path, pairs: Sequence[tuple[np.ndarray, str]], *, prompt
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if progress is not None:
+            progress(step + 1, loss.item())
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from opensora.config import Config
 from opensora.manifest import GIVEN, Clip, kept_clips, read_manifest
+from opensora.progress import plain_lines
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report
 
 VAE_FRAMES = 2400  # frames the VAE learns from
@@ -64,7 +65,8 @@ def _train_vae(work: Path, config: Config, clips: list[Clip], split: Path) -> No
     chosen = [clips[index] for index in rng.permutation(len(clips))]
     frames = np.concatenate([_frames(clip, split, config.demo.size, 4) for clip in chosen[: VAE_FRAMES // 4]])
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
-    vae = train_vae(pixels, steps=config.demo.vae_steps, seed=0)
+    steps = config.demo.vae_steps
+    vae = train_vae(pixels, steps=steps, seed=0, progress=plain_lines("training the VAE", steps))
     _save(vae.save_pretrained, work / config.encode.vae)
 
 
@@ -86,7 +88,8 @@ def _train_llava(work: Path, config: Config, clips: list[Clip], split: Path) -> 
         pairs = [(render_clip(scene, 16, FRAME_SIZE, rng)[[3, 8, 12]], scene.caption) for scene in chosen]
 
     def save(part: Path) -> None:
-        train_llava(part, pairs, prompt=config.caption.prompt, steps=config.demo.llava_steps, seed=0)
+        steps, say = config.demo.llava_steps, plain_lines("training LLaVA", config.demo.llava_steps)
+        train_llava(part, pairs, prompt=config.caption.prompt, steps=steps, seed=0, progress=say)
 
     _save(save, work / config.caption.model)
 

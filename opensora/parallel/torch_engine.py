@@ -33,8 +33,10 @@ class TorchEngine(Engine):
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        # The buffers are constants, so they are not broadcast at every step.
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # The buffers are constants, so they are not broadcast before every step.
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

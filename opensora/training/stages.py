@@ -1,6 +1,7 @@
 """The three stages: what each starts from, the processes it runs in, and the folder it leaves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
     if train.processes == 1:
         train_in_process(work)
     else:
-        _launch(work, train.processes)
+        _launch(work, train.processes, train.threads)
     metrics = json.loads((work / RESULT).read_text())
     (work / JOB).unlink()
     (work / RESULT).unlink()
@@ -58,10 +59,11 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
     return folder.finish(Report(stage, total=kept, kept=kept, metrics=metrics))
 
 
-def _launch(work: Path, processes: int) -> None:
+def _launch(work: Path, processes: int, threads: int) -> None:
     """Run the stage under torchrun and wait; Ctrl-C reaches the workers, which write a checkpoint first."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    child = subprocess.Popen([*command, "-m", "opensora.training.stages", str(work)])
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}  # torchrun warns when it has to choose
+    child = subprocess.Popen([*command, "-m", "opensora.training.stages", str(work)], env=environment)
     before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     try:
         code = child.wait()

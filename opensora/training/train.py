@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import signal
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from opensora.data.dataset import LatentDataset, batches, draw_seed
 from opensora.diffusion.rectified_flow import RectifiedFlow
 from opensora.models.stdit import STDiT
 from opensora.parallel.engine import Engine
+from opensora.progress import track
 from opensora.step import StepError
 from opensora.tracking import Tracker
 from opensora.training.checkpoint import CheckpointError, load_weights, newest_checkpoint, remove_old, save_checkpoint
@@ -109,7 +111,10 @@ class Trainer:
         metrics: dict[str, float] = {}
         bad_in_a_row = 0
         with StopFlag() as stop:
-            for step in range(start, config.steps):
+            steps: Iterable[int] = range(start, config.steps)
+            if engine.rank == 0:
+                steps = track(steps, config.steps - start, "training", lines=False)
+            for step in steps:
                 batch = next(stream)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step)
@@ -147,13 +152,13 @@ class Trainer:
         return frames * rows * columns
 
     def _loss(self, flow: RectifiedFlow, batch: dict, step: int) -> Tensor:
-        seed = draw_seed(self.config.seed, step, self.engine.rank)
-        generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)  # the caption drop inside the model draws from the global generator
+        # The caption drop inside the model draws from the global generator.
+        torch.manual_seed(draw_seed(self.config.seed, step, self.engine.rank))
         device = self.engine.device
         x0 = batch["latent"].to(device)
-        t = flow.sample_timesteps(x0.shape[0], generator).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["noise_seed"]]
+        t = torch.cat([flow.sample_timesteps(1, generator) for generator in generators]).to(device)
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(device)
         text, mask = batch["text"].unsqueeze(1).to(device), batch["mask"].to(device)
         low = self.config.dtype == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():

@@ -116,8 +116,9 @@ def test_two_processes_equal_one_with_twice_the_batch(encoded: Path, tmp_path: P
         tmp_path / "two",
     )
     assert len(losses(one)) == len(losses(two)) == 1
+    expected = final_weights(one)
     for name, value in final_weights(two).items():
-        assert value.isfinite().all(), name
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_two_processes_resume_exactly(encoded: Path, tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""A step's folder appears whole or not at all, also when the disk is full."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opensora.step import PeakMemory, Report, StepError, StepFolder, fingerprint, read_report, write_json
+from tests.conftest import ROOT
+
+
+def test_a_folder_is_final_only_when_finished(tmp_path: Path) -> None:
+    folder = StepFolder(tmp_path / "step", "key")
+    work = folder.open()
+    (work / "data").write_text("x")
+    assert not (tmp_path / "step").exists()
+    report = folder.finish(Report("step", total=2, kept=1, dropped={"dark": 1}))
+    assert (tmp_path / "step" / "data").read_text() == "x"
+    assert read_report(tmp_path / "step") == report
+    assert report.peak_memory_mib > 1
+    assert StepFolder(tmp_path / "step", "key").is_done()
+    assert not StepFolder(tmp_path / "step", "another key").is_done()
+
+
+def test_a_stopped_run_keeps_its_work_and_another_one_does_not(tmp_path: Path) -> None:
+    (StepFolder(tmp_path / "step", "key").open() / "half").touch()
+    assert (StepFolder(tmp_path / "step", "key").open() / "half").exists()
+    assert not (StepFolder(tmp_path / "step", "another").open() / "half").exists()
+
+
+def test_an_unfinished_step_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="run `opensora split` first"):
+        read_report(tmp_path / "split")
+
+
+def test_json_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_fingerprints_follow_values_not_order() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_memory_of_children_counts(tmp_path: Path) -> None:
+    memory = PeakMemory()
+    before = memory.read_mib()
+    code = "x = bytearray(200 << 20); print('ready', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout
+    child.stdout.readline()
+    assert memory.read_mib() > before + 190
+    child.communicate(b"\n")
+    assert memory.read_mib() > before + 190  # a peak stays
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full disk is made with a tmpfs mount")
+def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        command = [sys.executable, "-m", "opensora.cli", "demo_videos", "--profile", "smoke"]
+        command += ["--set", "demo.videos=200", "--workdir", str(small)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert "disk is full" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (small / "smoke" / "demo_videos").exists()
+        assert not list(small.rglob("manifest.csv"))
+    finally:
+        time.sleep(0.2)
+        subprocess.run(["umount", "-l", str(small)], check=True)
