@@ -152,7 +152,6 @@ class TrainConfig(Section):
     shift: PositiveFloat = Field(1.0, description="timestep shift of rectified flow")
     space_scale: PositiveFloat = Field(1.0, description="spatial positions are divided by it")
     time_scale: PositiveFloat = Field(1.0, description="temporal positions are divided by it")
-    sample_posterior: bool = Field(True, description="train on draws from the VAE's posterior; false: on its means")
     dtype: Literal["float32", "bfloat16"] = "float32"
     engine: Literal["torch", "colossalai"] = "torch"
     zero_stage: Literal[0, 1, 2] = Field(0, description="ColossalAI's ZeRO stage")
@@ -292,7 +291,10 @@ def parse_override(text: str) -> dict:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise ConfigError(f"--set {text!r}: expected section.key=value, as in train_video.lr=2e-5")
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value") from None
     if isinstance(parsed, str):  # YAML 1.1 reads 2e-5, without a point, as text
         with suppress(ValueError):
             parsed = float(parsed)

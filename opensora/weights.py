@@ -41,9 +41,12 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     A file `<name>.sha256` beside it is checked.
 
     Raises:
-        WeightsError: no such file, another hash than recorded, or not a mapping of tensors.
+        WeightsError: no such file, another hash than recorded, damaged, or not a mapping of tensors.
     """
+    from pickle import UnpicklingError
+
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -53,9 +56,13 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
         expected, found = side.read_text().split()[0], sha256(path.read_bytes()).hexdigest()
         if expected != found:
             raise WeightsError(f"{path} has sha256 {found}, expected {expected}; download it again")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{path} is damaged, or holds more than tensors: {reason}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, expected a mapping of tensors")
     return content

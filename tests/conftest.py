@@ -51,3 +51,41 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     split.run(config.split, base / "download", base / "split")
     score.run(config.score, base / "split", base / "score")
     return base
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, vae: Path, text_encoder: Path) -> Path:
+    """A checkpoint of an untrained video stage beside the models it needs; the model is not trivial: it moves noise."""
+    import shutil
+
+    import torch
+
+    from opensora.config import load_config
+    from opensora.models.stdit import STDiT
+    from opensora.training.checkpoint import save_checkpoint, stdit_config
+
+    base = tmp_path_factory.mktemp("trained") / "smoke"
+    shutil.copytree(vae, base / "demo_models" / "vae")
+    shutil.copytree(text_encoder, base / "demo_models" / "t5")
+    config = load_config(ROOT / "params.yaml", "smoke")
+    torch.manual_seed(0)
+    model = STDiT(stdit_config(config, "train_video", 4))
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.2)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.cross_attn.proj.weight, std=0.3)  # the text has a say
+    state = model.state_dict()
+    return save_checkpoint(
+        base / "train_video" / "checkpoints",
+        step=1,
+        model=state,
+        ema={name: value.detach() for name, value in model.named_parameters()},
+        rng=[torch.get_rng_state()],
+        save_optimizer=lambda path: torch.save({}, path),
+        info={
+            "config": config.model_dump(mode="json"),
+            "stage": "train_video",
+            "vae": "demo_models/vae",
+            "text_encoder": "demo_models/t5",
+            "vae_scale": 4,
+        },
+    )

@@ -36,10 +36,8 @@ class LatentDataset:
         frames: int,
         interval: int,
         max_tokens: int,
-        sample_posterior: bool = True,
     ) -> None:
         self.folder, self.frames, self.interval, self.max_tokens = folder, frames, interval, max_tokens
-        self.sample_posterior = sample_posterior
         self.key = f"{height}x{width}"
         self.span = (frames - 1) * interval + 1
         self.clips = [clip for clip in clips if clip.frames >= self.span]
@@ -75,7 +73,7 @@ class LatentDataset:
         return mean, deviation, text
 
     def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """One random temporal crop, drawn from the posterior or its mean.
+        """One random temporal crop, drawn from the posterior.
 
         Returns:
             latent [4, T, h, w] float32, text [L, Cc] padded with zeros, mask [L], clip_id.
@@ -83,9 +81,8 @@ class LatentDataset:
         mean, deviation, text = self._read(index)
         start = int(torch.randint(mean.shape[0] - self.span + 1, (), generator=generator))
         chosen = slice(start, start + self.span, self.interval)
-        latent = mean[chosen].float()  # [T, 4, h, w]
-        if self.sample_posterior:
-            latent = latent + deviation[chosen].float() * torch.randn(latent.shape, generator=generator)
+        noise = torch.randn(mean[chosen].shape, generator=generator)
+        latent = mean[chosen].float() + deviation[chosen].float() * noise  # [T, 4, h, w]
         padded = torch.zeros(self.max_tokens, text.shape[1])
         padded[: len(text)] = text
         mask = (torch.arange(self.max_tokens) < len(text)).long()

@@ -96,7 +96,6 @@ def train_in_process(work: Path) -> None:
         train.frames,
         train.frame_interval,
         config.encode.max_tokens,
-        train.sample_posterior,
     )
     model = build_model(config, stage, data.latent_size[0], Path(job["previous"]) if job["previous"] else None)
     info = {"config": job["config"], "stage": stage, **model_places(config, train, data.latent_size[0])}
