@@ -1,0 +1,147 @@
+"""The whole chain, twice: by `dvc repro` on the embedded world, and by `opensora run` on real videos."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opensora.chain import ALL_STEPS
+from opensora.config import DATA_STEPS, TRAIN_STEPS
+from opensora.data.video import read_frames
+from opensora.manifest import read_manifest
+from opensora.step import read_report
+from tests.conftest import ROOT
+from tests.shared import shared
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, folder: Path) -> str:
+    """Output of a command that must pass."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    environment |= {"PATH": f"{BIN}:{environment['PATH']}", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of its own whose default profile is `smoke`, after one `dvc repro`."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("opensora", ".dvc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    text = (ROOT / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("profile: demo", "profile: smoke"))
+    for command in (["git", "init", "-q"], ["git", "add", "."]):
+        run(*command, folder=folder)
+    run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "start", folder=folder)
+    run("dvc", "repro", folder=folder)
+    return folder
+
+
+def test_every_step_leaves_what_it_promises(project: Path) -> None:
+    base = project / "runs" / "smoke"
+    for name in DATA_STEPS:
+        rows = read_manifest(base / name / "manifest.parquet")
+        assert any(row.kept for row in rows)
+        assert read_report(base / name).kept == sum(row.kept for row in rows)
+    assert len(read_manifest(base / "encode" / "manifest.parquet")) == 16
+    for name in TRAIN_STEPS:
+        assert list((base / name / "checkpoints").glob("step-*/checkpoint.json"))
+    metrics = json.loads((base / "evaluate" / "metrics.json").read_text())
+    names = {"prompt_following_seen", "image_stage_accuracy", "caption_exact_match", "seconds", "peak_memory_mib"}
+    assert names <= set(metrics)
+    assert set(metrics["seconds"]) == set(ALL_STEPS) - {"evaluate", "promote"}
+    assert "<video" in (base / "evaluate" / "gallery.html").read_text()
+    gate = json.loads((base / "promote" / "gate.json").read_text())
+    assert (gate["verdict"], gate["model"], gate["alias"]) == ("promoted", "opensora-smoke", "champion")
+    assert not list(base.rglob("*.part"))
+
+
+def test_a_repeat_runs_nothing(project: Path) -> None:
+    out = run("dvc", "repro", folder=project)
+    assert "Running stage" not in out
+    assert "up to date" in out
+
+
+def test_only_what_depends_on_a_change_runs_again(project: Path) -> None:
+    run("dvc", "status", folder=project)
+    path = project / "params.yaml"
+    before = path.read_text()
+    values = yaml.safe_load(before)
+    values["smoke"]["evaluate"]["steps"] = 1
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        status = run("dvc", "status", folder=project)
+    finally:
+        path.write_text(before)
+    changed = [line.rstrip(":") for line in status.splitlines() if line and not line[0].isspace()]
+    assert "evaluate" in changed
+    assert not {"train_highres", "encode", "split"} & set(changed)
+
+
+def test_the_registered_champion_generates(project: Path, tmp_path: Path) -> None:
+    command = ["opensora", "generate", "--checkpoint", "models:/opensora-smoke@champion"]
+    command += ["--prompt", "a red circle moving left", "--seed", "4", "--out", str(tmp_path)]
+    (line,) = run(*command, folder=project).splitlines()
+    assert read_frames(Path(line).read_bytes()).shape == (4, 64, 64, 3)
+
+
+def test_results_say_where_to_look(project: Path) -> None:
+    out = run("opensora", "results", folder=project)
+    for text in (
+        "train_highres",
+        "opensora-smoke version 1, alias champion",
+        "gallery.html",
+        "mlflow ui --host 127.0.0.1",
+    ):
+        assert text in out
+
+
+def test_runs_are_in_mlflow_with_a_parent_and_a_child_a_stage(project: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("opensora-smoke")
+    assert experiment
+    assert str(project / "runs") in experiment.artifact_location
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    (parent,) = (run for run in found.values() if "mlflow.parentRunId" not in run.data.tags)
+    for name in (*TRAIN_STEPS, "evaluate", "promote"):
+        assert found[name].data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert found[name].info.status == "FINISHED"
+    assert "loss" in found["train_video"].data.metrics
+    assert client.list_artifacts(found["evaluate"].info.run_id, "samples/train_video")
+
+
+def test_real_videos_go_through_the_same_chain(tmp_path: Path) -> None:
+    source = shared("videos")
+    command = ["opensora", "run", "--profile", "smoke", "--source", str(source), "--workdir", str(tmp_path)]
+    out = run(*command, folder=ROOT)
+    base = tmp_path / "smoke"
+    rows = read_manifest(base / "encode" / "manifest.parquet")
+    sintel = [row for row in rows if "sintel" in row.source]
+    assert len(sintel) == 10
+    for path in source.glob("bad_*"):
+        (row,) = (row for row in rows if row.source.endswith(path.name))
+        assert not row.kept
+        assert row.reason
+    assert all(row.caption for row in rows if row.kept)
+    assert list((base / "train_highres" / "checkpoints").glob("step-*/model.safetensors"))
+    assert json.loads((base / "evaluate" / "metrics.json").read_text())["seconds"]["train_video"] > 0
+    clips = sorted((base / "evaluate" / "samples" / "train_highres").glob("*.mp4"))
+    assert read_frames(clips[0].read_bytes()).shape == (4, 64, 64, 3)
+    assert "alias champion" in out
+
+    again = run(*command, folder=ROOT)  # finished steps are not run again
+    assert [line for line in again.splitlines() if line.startswith("train_video:")]
+    assert json.loads((base / "promote" / "gate.json").read_text())["version"] == "1"
