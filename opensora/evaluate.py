@@ -1,6 +1,7 @@
 """The step `evaluate`: fixed prompts through every stage, measured and shown."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from opensora.clip_file import contact_sheet, write_clip
 from opensora.config import Config, EvaluateConfig
 from opensora.data.executor import run_tasks
-from opensora.demo.shapes import DIRECTIONS, all_scenes, detect, held_out_scenes, parse_caption, render_clip
+from opensora.demo.shapes import COLOURS, all_scenes, detect, held_out_scenes, parse_caption, render_clip
 from opensora.gallery import write_gallery
 from opensora.metrics.features import EXTRACTOR, randconv_features
 from opensora.metrics.frechet import frechet_distance
@@ -177,10 +178,14 @@ def measure(prompts: Sequence[str], rows: Sequence[dict]) -> dict[str, float]:
     verdicts = [(prompt, follows(prompt, row)) for prompt, row in zip(prompts, rows, strict=True)]
     known = [(prompt, verdict) for prompt, verdict in verdicts if verdict is not None]
     held_out = {scene.caption for scene in held_out_scenes()}
-    for name, hidden in {"seen": False, "held_out": True}.items():
-        chosen = [verdict["prompt"] for prompt, verdict in known if (prompt in held_out) == hidden]
-        if chosen:
-            metrics[f"prompt_following_{name}"] = float(np.mean(chosen))
+    groups = {
+        "prompt_following": [prompt for prompt, _ in known],
+        "prompt_following_seen": [prompt for prompt, _ in known if prompt not in held_out],
+        "prompt_following_held_out": [prompt for prompt, _ in known if prompt in held_out],
+    }
+    for name, group in groups.items():
+        if group:
+            metrics[name] = float(np.mean([verdict["prompt"] for prompt, verdict in known if prompt in group]))
     for part in ("colour", "shape", "direction"):
         values = [verdict[part] for _, verdict in known if part in verdict]
         if values:
@@ -194,32 +199,25 @@ def measure(prompts: Sequence[str], rows: Sequence[dict]) -> dict[str, float]:
 def _headline(metrics: Mapping[str, object], stages: list[str]) -> dict[str, object]:
     """The last stage's prompt-following, and the image stage's share of right colours and shapes, over all prompts."""
     names = {f"prompt_following_{part}": f"{stages[-1]}_prompt_following_{part}" for part in ("seen", "held_out")}
-    found = {name: metrics[source] for name, source in names.items() if source in metrics}
-    seen, held_out = (metrics.get(f"{stages[0]}_prompt_following_{part}") for part in ("seen", "held_out"))
-    if isinstance(seen, float):
-        total, hidden = len(all_scenes()), len(held_out_scenes())
-        both = seen if not isinstance(held_out, float) else (seen * (total - hidden) + held_out * hidden) / total
-        found["image_stage_accuracy"] = both
-    return found
+    names["image_stage_accuracy"] = f"{stages[0]}_prompt_following"
+    return {name: metrics[source] for name, source in names.items() if source in metrics}
 
 
 def _losses(folder: Path) -> list[tuple[int, float]]:
     path = folder / "losses.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [(line["step"], line["loss"]) for line in lines]
+    return [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"])]
 
 
 def _sheet(work: Path, prompts: list[str], results: Mapping[str, list[dict]]) -> None:
-    """A picture of some clips of the last stage, a direction each."""
+    """A picture of some clips of the last stage; of the embedded world four held-out ones that differ in all parts."""
     from opensora.data.video import read_frames
 
     rows = list(results.values())[-1]
     if rows[0]["frames"] < 2:
         return
-    wanted = [next((i for i, p in enumerate(prompts) if p.endswith(way)), None) for way in DIRECTIONS]
-    chosen = [index for index in wanted if index is not None] or list(range(min(4, len(prompts))))
-    offset = [(index + 13 * place) if len(prompts) > 40 else index for place, index in enumerate(chosen)]
-    chosen = [index if index < len(prompts) else chosen[place] for place, index in enumerate(offset)]
+    varied = [scene.caption for scene in held_out_scenes()[: len(COLOURS)]]
+    chosen = [prompts.index(text) for text in varied if text in prompts] or list(range(min(4, len(prompts))))
     clips = [(prompts[index], read_frames((work / rows[index]["file"]).read_bytes())) for index in chosen]
     contact_sheet(work / "frames.png", clips)
 

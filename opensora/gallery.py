@@ -31,7 +31,7 @@ SCORES = {
 }
 SHARES = {"prompt_following_seen", "prompt_following_held_out", "colour", "shape", "direction"}
 WIDTH, HEIGHT = 300, 120  # of a curve
-MAX_POINTS = 300
+MAX_POINTS = 60  # each the mean of as many steps
 
 
 def write_gallery(
@@ -94,7 +94,7 @@ def _number(name: str, value: float | None) -> str:
 
 
 def _curve(stage: str, points: Sequence[tuple[int, float]]) -> str:
-    points = points[:: max(1, len(points) // MAX_POINTS)]
+    points = _averaged(points)
     last, top = points[-1][0], max(loss for _, loss in points)
     line = " ".join(f"{step / last * WIDTH:.1f},{HEIGHT - loss / top * HEIGHT:.1f}" for step, loss in points)
     caption = f"{html.escape(stage)}: {points[0][1]:.3f} → {points[-1][1]:.3f} after {last} steps"
@@ -102,6 +102,13 @@ def _curve(stage: str, points: Sequence[tuple[int, float]]) -> str:
         f"<figure><svg width={WIDTH} height={HEIGHT} viewBox='0 0 {WIDTH} {HEIGHT}'><polyline points='{line}'/></svg>"
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _averaged(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Means over equal runs of steps: single steps of a diffusion loss are mostly noise."""
+    size = max(1, len(points) // MAX_POINTS)
+    runs = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(run[-1][0], sum(loss for _, loss in run) / len(run)) for run in runs]
 
 
 def _clip(folder: Path, prompt: str, row: dict) -> str:

@@ -1,10 +1,13 @@
 """What a finished chain reached, in the few lines that a user wants to see first."""
 
 import json
+import shlex
 from pathlib import Path
 
 from opensora.config import TRAIN_STEPS, Config
 from opensora.step import StepError
+
+PROMPT = "a red circle moving left"  # of the embedded world
 
 
 def describe(config: Config, root: Path) -> str:
@@ -34,6 +37,10 @@ def describe(config: Config, root: Path) -> str:
         lines.append("registry       not promoted: " + "; ".join(failed))
     lines.append(f"gallery        {base / 'evaluate' / 'gallery.html'}")
     lines.append(f"checkpoint     {base / TRAIN_STEPS[-1] / 'checkpoints'}")
+    prompt = (list(config.evaluate.prompts) or [PROMPT])[0]
+    lines.append(
+        f"generate       opensora generate --checkpoint {base / TRAIN_STEPS[-1]} --prompt {shlex.quote(prompt)}"
+    )
     store = f"sqlite:///{(root / 'mlflow.db').resolve()}"
     lines.append(f"runs           mlflow ui --host 127.0.0.1 --backend-store-uri {store}")
     return "\n".join(lines)

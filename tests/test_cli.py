@@ -1,6 +1,5 @@
 """The command line answers at once, teaches, and turns every user's mistake into one line and an exit code."""
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +24,10 @@ def test_help_names_every_step_and_loads_nothing_heavy() -> None:
         "try: main()\n"
         f"finally: print('LOADED', [name for name in {HEAVY} if name in sys.modules])"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "LOADED []" in done.stdout
     for name in (*ALL_STEPS, "run", "generate", "results", "config"):
         assert name in done.stdout
-    assert after.ru_utime - before.ru_utime < 2  # a guard against heavy imports; the goal is half a second
 
 
 @pytest.mark.parametrize("name", ["run", "generate", *ALL_STEPS])

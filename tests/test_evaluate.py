@@ -29,7 +29,14 @@ def perfect() -> dict[str, float]:
 
 
 def test_a_perfect_sampler_is_perfect(perfect: dict[str, float]) -> None:
-    for name in ("prompt_following_seen", "prompt_following_held_out", "colour", "shape", "direction"):
+    for name in (
+        "prompt_following_seen",
+        "prompt_following_held_out",
+        "prompt_following",
+        "colour",
+        "shape",
+        "direction",
+    ):
         assert perfect[name] == 1
 
 
@@ -43,7 +50,7 @@ def test_one_wrong_part_is_seen_alone(perfect: dict[str, float]) -> None:
 def test_one_answer_for_all_prompts_scores_as_chance(perfect: dict[str, float]) -> None:
     same = measure(PROMPTS, rows(lambda scene: all_scenes()[0]))
     assert (same["colour"], same["shape"], same["direction"]) == (1 / 4, 1 / 3, 1 / 4)
-    assert same["prompt_following_seen"] + same["prompt_following_held_out"] < 0.2
+    assert same["prompt_following"] == 1 / 48
     assert same["fd_randconv"] > 3 * perfect["fd_randconv"]
 
 

@@ -137,10 +137,12 @@ class Trainer:
                     )
 
                 done = step + 1
-                meter.update(config.batch_size * engine.world_size)
+                self._record_loss(done, value)
+                meter.update(config.batch_size * engine.world_size, value)
                 if done % config.log_every == 0 or done == config.steps:
-                    metrics = {"loss": value, "gradient_norm": norm, "lr": learning_rate(config, step)}
-                    self._log(done, metrics | meter.read(config.steps - done))
+                    rates = meter.read(config.steps - done)
+                    metrics = {"loss": rates.pop("loss"), "gradient_norm": norm, "lr": learning_rate(config, step)}
+                    self._log(done, metrics | rates)
                 if stopping or done % config.checkpoint_every == 0 or done == config.steps:
                     self._save(done)
                 if stopping and done < config.steps:
@@ -170,6 +172,7 @@ class Trainer:
         try:
             path = newest_checkpoint(folder, set_aside=self.engine.rank == 0)
         except CheckpointError:
+            self._cut_losses(0)
             return 0
         load_weights(self.model, path, "model")
         self.ema.load_state_dict(load_file(path / "ema.safetensors"))
@@ -182,11 +185,16 @@ class Trainer:
         log.info("resuming from %s", path)
         return step
 
+    def _record_loss(self, step: int, loss: float) -> None:
+        if self.engine.rank == 0:
+            with (self.folder / LOSSES).open("a") as handle:
+                handle.write(json.dumps({"step": step, "loss": loss}) + "\n")
+
     def _cut_losses(self, step: int) -> None:
-        """Forget logged losses past the checkpoint: they will be logged again."""
+        """Forget losses recorded past the checkpoint: they come again. Without a checkpoint that is all of them."""
         path = self.folder / LOSSES
         if self.engine.rank == 0 and path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            lines = path.read_text().splitlines()[:step]  # one a step; only the last can be torn
             path.write_text("".join(line + "\n" for line in lines))
 
     def _save(self, step: int) -> None:
@@ -211,8 +219,6 @@ class Trainer:
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.engine.rank != 0:
             return
-        with (self.folder / LOSSES).open("a") as handle:
-            handle.write(json.dumps({"step": step, "loss": metrics["loss"]}) + "\n")
         print(
             f"step {step}/{self.config.steps}  loss {metrics['loss']:.4f}  norm {metrics['gradient_norm']:.2f}  "
             f"lr {metrics['lr']:.1e}  {metrics['samples_per_second']:.1f} samples/s  "

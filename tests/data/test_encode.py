@@ -79,8 +79,8 @@ def test_a_stopped_run_encodes_only_what_is_missing(
 
 
 def test_groups_keep_order_and_fill_up() -> None:
-    config = EncodeConfig(sizes=((128, 128),), shard_mib=1)
-    rows = [Clip(str(n), "x", frames=16) for n in range(10)]
+    config = EncodeConfig(sizes=((64, 64),), shard_mib=1)
+    rows = [Clip(str(n), "x", frames=16) for n in range(100)]
     groups = group_clips(rows, config)
     assert [clip for group in groups for clip in group] == rows
     assert len(groups[0]) > 1

@@ -1,10 +1,7 @@
-"""The whole chain, twice: by `dvc repro` on the embedded world, and by `opensora run` on real videos."""
+"""The whole chain on the embedded world by `dvc repro`, as `make demo` runs it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +13,9 @@ from opensora.data.video import read_frames
 from opensora.manifest import read_manifest
 from opensora.step import read_report
 from tests.conftest import ROOT
-from tests.shared import shared
+from tests.end_to_end.command import run
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
-
-
-def run(*command: str, folder: Path) -> str:
-    """Output of a command that must pass."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-    environment |= {"PATH": f"{BIN}:{environment['PATH']}", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -121,27 +108,3 @@ def test_runs_are_in_mlflow_with_a_parent_and_a_child_a_stage(project: Path) -> 
         assert found[name].info.status == "FINISHED"
     assert "loss" in found["train_video"].data.metrics
     assert client.list_artifacts(found["evaluate"].info.run_id, "samples/train_video")
-
-
-def test_real_videos_go_through_the_same_chain(tmp_path: Path) -> None:
-    source = shared("videos")
-    command = ["opensora", "run", "--profile", "smoke", "--source", str(source), "--workdir", str(tmp_path)]
-    out = run(*command, folder=ROOT)
-    base = tmp_path / "smoke"
-    rows = read_manifest(base / "encode" / "manifest.parquet")
-    sintel = [row for row in rows if "sintel" in row.source]
-    assert len(sintel) == 10
-    for path in source.glob("bad_*"):
-        (row,) = (row for row in rows if row.source.endswith(path.name))
-        assert not row.kept
-        assert row.reason
-    assert all(row.caption for row in rows if row.kept)
-    assert list((base / "train_highres" / "checkpoints").glob("step-*/model.safetensors"))
-    assert json.loads((base / "evaluate" / "metrics.json").read_text())["seconds"]["train_video"] > 0
-    clips = sorted((base / "evaluate" / "samples" / "train_highres").glob("*.mp4"))
-    assert read_frames(clips[0].read_bytes()).shape == (4, 64, 64, 3)
-    assert "alias champion" in out
-
-    again = run(*command, folder=ROOT)  # finished steps are not run again
-    assert [line for line in again.splitlines() if line.startswith("train_video:")]
-    assert json.loads((base / "promote" / "gate.json").read_text())["version"] == "1"
