@@ -63,7 +63,7 @@ def test_latents_are_those_of_the_frames(encoded: Path, clips: Path, vae: Path, 
 def test_a_stopped_run_encodes_only_what_is_missing(
     encoded: Path, clips: Path, captioned: Path, vae: Path, text_encoder: Path, tmp_path: Path
 ) -> None:
-    config = CONFIG.model_copy(update={"shard_mib": 1, "sizes": ((512, 512), (32, 32))})
+    config = CONFIG.model_copy(update={"shard_mib": 1, "sizes": ((384, 384), (32, 32))})
     rows = read_manifest(captioned / "manifest.parquet")
     assert len(group_clips(kept_clips(rows), config)) > 1
     hurt = tmp_path / "split"
