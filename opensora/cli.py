@@ -86,9 +86,8 @@ def run(
 
     A stopped run goes on where it was; finished steps whose inputs did not change are not run again.
     """
-    import subprocess
-
     from opensora.chain import chain_steps
+    from opensora.process import run_child
 
     config = _config(params, profile, overrides, source)
     common = ["--profile", config.profile, "--params", str(params), "--workdir", str(workdir)]
@@ -99,9 +98,9 @@ def run(
     # A process a step: memory is given back, and the heavy libraries of one step do not slow the next.
     for name in chain_steps(config):
         print(f"── {name}", flush=True)
-        code = subprocess.call([sys.executable, "-m", "opensora.cli", name, *common])
+        code = run_child([sys.executable, "-m", "opensora.cli", name, *common])
         if code:
-            raise typer.Exit(code)
+            raise typer.Exit(code if code > 0 else 128 - code)
     from opensora.results import describe
 
     print(describe(config, workdir))

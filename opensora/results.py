@@ -1,11 +1,15 @@
 """What a finished chain reached, in the few lines that a user wants to see first."""
 
 import json
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from opensora.config import TRAIN_STEPS, Config
 from opensora.step import StepError
+from opensora.tracking import tracking_uri
 
 PROMPT = "a red circle moving left"  # of the embedded world
 
@@ -38,9 +42,14 @@ def describe(config: Config, root: Path) -> str:
     lines.append(f"gallery        {base / 'evaluate' / 'gallery.html'}")
     lines.append(f"checkpoint     {base / TRAIN_STEPS[-1] / 'checkpoints'}")
     prompt = (list(config.evaluate.prompts) or [PROMPT])[0]
-    lines.append(
-        f"generate       opensora generate --checkpoint {base / TRAIN_STEPS[-1]} --prompt {shlex.quote(prompt)}"
-    )
-    store = f"sqlite:///{(root / 'mlflow.db').resolve()}"
-    lines.append(f"runs           mlflow ui --host 127.0.0.1 --backend-store-uri {store}")
+    generate = f"generate --checkpoint {base / TRAIN_STEPS[-1]} --prompt {shlex.quote(prompt)}"
+    lines.append(f"generate       {_command('opensora')} {generate}")
+    store = tracking_uri(root)
+    page = f"{_command('mlflow')} ui --host 127.0.0.1 --backend-store-uri {store}"
+    lines.append(f"runs           {page if store.startswith('sqlite:') else store}")
     return "\n".join(lines)
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment from here."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora.config import TRAIN_STEPS, Config, TrainConfig, UserError, build_config
 from opensora.manifest import kept_clips, read_manifest
+from opensora.process import run_child
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 JOB = "job.json"
 RESULT = "result.json"
+STOPPED = "stopped.json"  # the signal that stopped the processes, after their checkpoint
 
 
 def run(config: Config, stage: str, encode: Path, previous: Path | None, output: Path, root: Path) -> Report:
@@ -40,6 +40,7 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
     if folder.is_done():
         return read_report(output)
     work = folder.open()
+    (work / STOPPED).unlink(missing_ok=True)
     job = {
         "config": config.model_dump(mode="json"),
         "stage": stage,
@@ -60,18 +61,19 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
 
 
 def _launch(work: Path, processes: int, threads: int) -> None:
-    """Run the stage under torchrun and wait; Ctrl-C reaches the workers, which write a checkpoint first."""
+    """Run the stage under torchrun and wait.
+
+    Raises:
+        StepError: a process failed.
+        Stopped: a signal arrived, and a checkpoint was written.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}  # torchrun warns when it has to choose
-    child = subprocess.Popen([*command, "-m", "opensora.training.stages", str(work)], env=environment)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        child.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    code = run_child([*command, "-m", "opensora.training.stages", str(work)], environment)
+    if (work / STOPPED).is_file():
+        from opensora.training.train import Stopped
+
+        raise Stopped(json.loads((work / STOPPED).read_text()))
     if code and not (work / RESULT).exists():
         raise StepError(f"training stopped with exit code {code}; the log above says why, and a new start resumes")
 
@@ -81,7 +83,7 @@ def train_in_process(work: Path) -> None:
     from opensora.data.dataset import LatentDataset
     from opensora.parallel.engine import build_engine
     from opensora.tracking import Tracker
-    from opensora.training.train import Trainer
+    from opensora.training.train import Stopped, Trainer
 
     job = json.loads((work / JOB).read_text())
     config, stage, encode = build_config(job["config"]), job["stage"], Path(job["encode"])
@@ -112,6 +114,10 @@ def train_in_process(work: Path) -> None:
             metrics = trainer.run()
         if engine.rank == 0:
             write_json(work / RESULT, metrics | {"clips": len(data)})
+    except Stopped as stopped:
+        if engine.rank == 0:
+            write_json(work / STOPPED, stopped.number)
+        raise
     finally:
         engine.close()
 

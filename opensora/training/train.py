@@ -38,6 +38,7 @@ class Stopped(UserError):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after a checkpoint; start again to resume")
+        self.number = number
         self.exit_code = 128 + number
 
 

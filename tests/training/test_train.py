@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,40 @@ def test_two_processes_resume_exactly(encoded: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     process.wait(90)
     same(train(values, encoded, tmp_path / "stopped"), whole)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_in_one_line_and_a_checkpoint(
+    how: signal.Signals, encoded: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(encoded, tmp_path / "smoke" / "encode")
+    values = {"steps": 400, "checkpoint_every": 400, "processes": 2}
+    command = [sys.executable, "-m", "opensora.cli", "train_image", "--profile", "smoke", "--workdir", str(tmp_path)]
+    for name, value in values.items():
+        command += ["--set", f"train_image.{name}={value}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    record = tmp_path / "smoke" / ".partial" / "train_image" / "losses.jsonl"
+    deadline = time.monotonic() + 120
+    while not (record.is_file() and record.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # a terminal sends it to all
+    else:
+        process.send_signal(how)  # an orchestrator sends it to one
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + how
+    assert f"error: stopped by {how.name} after a checkpoint; start again to resume" in errors
+    assert "Traceback" not in errors
+    (path,) = (record.parent / "checkpoints").glob("step-*")
+    reached = int(path.name.removeprefix("step-"))
+    assert 3 <= reached < 400
+    assert len(record.read_text().splitlines()) == reached
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    folder = tmp_path / "smoke" / "train_image"
+    assert [step for step, _ in losses(folder)] == list(range(1, 401))
+    assert not (folder / "stopped.json").exists()
 
 
 def test_checkpoints_hold_what_resume_needs(reference: Path) -> None:
