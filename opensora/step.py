@@ -1,5 +1,6 @@
 """What every step of the chain shares: a folder that appears whole or not at all, and a report."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -112,7 +113,12 @@ class StepFolder:
             return False
 
     def open(self) -> Path:
-        """The work folder; what a stopped run of the same fingerprint left there is kept, anything else removed."""
+        """The work folder; what a stopped run of the same fingerprint left there is kept, anything else removed.
+
+        Raises:
+            StepError: another process works there.
+        """
+        self._lock()
         mark = self.path / FINGERPRINT
         try:
             same = json.loads(mark.read_text()) == self.key
@@ -124,6 +130,15 @@ class StepFolder:
         write_json(mark, self.key)
         self._memory.start()
         return self.path
+
+    def _lock(self) -> None:
+        """Held until this process ends, however it ends."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._held = self.path.with_name(f"{self.path.name}.lock").open("w")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StepError(f"another process is working on {self.output}; wait for it or stop it") from None
 
     def finish(self, report: Report) -> Report:
         """Write the report and rename the work folder to its final name."""

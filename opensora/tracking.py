@@ -50,7 +50,8 @@ def connect(root: Path) -> "MlflowClient":
     """A client of the store; the first use of a new SQLite file takes some seconds."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
 
     uri = tracking_uri(root)  # not set globally: MLflow would write it into the environment
@@ -71,7 +72,10 @@ def lineage() -> dict[str, str]:
     """Tags that say which code and data made a run: git commit and state, dvc.lock's md5 and those of its outs."""
     tags = {}
     try:
-        for name, command in {"git_commit": "rev-parse HEAD", "git_dirty": "status --porcelain"}.items():
+        for name, command in {
+            "git_commit": "rev-parse HEAD",
+            "git_dirty": "status --porcelain --untracked-files=no",
+        }.items():
             out = subprocess.run(
                 ["git", *command.split()], capture_output=True, text=True, check=True, timeout=20
             ).stdout

@@ -30,6 +30,14 @@ def test_a_stopped_run_keeps_its_work_and_another_one_does_not(tmp_path: Path) -
     assert not (StepFolder(tmp_path / "step", "another").open() / "half").exists()
 
 
+def test_two_processes_cannot_work_on_one_step(tmp_path: Path) -> None:
+    first = StepFolder(tmp_path / "step", "key")
+    first.open()
+    with pytest.raises(StepError, match="another process is working on"):
+        StepFolder(tmp_path / "step", "key").open()
+    first.finish(Report("step"))
+
+
 def test_an_unfinished_step_is_named(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="run `opensora split` first"):
         read_report(tmp_path / "split")

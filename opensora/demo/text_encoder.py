@@ -23,7 +23,9 @@ def build_text_encoder(folder: Path, words: Iterable[str], seed: int) -> None:
     from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the bar of a tiny file says nothing
     tokens = [PAD, EOS, UNKNOWN, *sorted({word.lower() for word in words})]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))

@@ -1,14 +1,17 @@
 """The three stages: what each starts from, the processes it runs in, and the folder it leaves."""
 
 import json
+import logging
 import os
 import sys
+import threading
+import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora.config import TRAIN_STEPS, Config, TrainConfig, UserError, build_config
 from opensora.manifest import kept_clips, read_manifest
-from opensora.process import run_child
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
     if train.processes == 1:
         train_in_process(work)
     else:
-        _launch(work, train.processes, train.threads)
+        _launch(work, train.processes)
     metrics = json.loads((work / RESULT).read_text())
     (work / JOB).unlink()
     (work / RESULT).unlink()
@@ -60,22 +63,38 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
     return folder.finish(Report(stage, total=kept, kept=kept, metrics=metrics))
 
 
-def _launch(work: Path, processes: int, threads: int) -> None:
-    """Run the stage under torchrun and wait.
+def _launch(work: Path, processes: int) -> None:
+    """Run the stage in several processes, by the launcher behind torchrun, and wait.
 
     Raises:
         StepError: a process failed.
         Stopped: a signal arrived, and a checkpoint was written.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}  # torchrun warns when it has to choose
-    code = run_child([*command, "-m", "opensora.training.stages", str(work)], environment)
-    if (work / STOPPED).is_file():
-        from opensora.training.train import Stopped
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        raise Stopped(json.loads((work / STOPPED).read_text()))
-    if code and not (work / RESULT).exists():
-        raise StepError(f"training stopped with exit code {code}; the log above says why, and a new start resumes")
+    from opensora.training.train import Stopped
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process says itself why it fails
+    launch = elastic_launch(
+        LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+        ),
+        sys.executable,
+    )
+    try:
+        launch("-m", "opensora.training.stages", str(work))
+    except (ChildFailedError, SignalException) as error:
+        if (work / STOPPED).is_file():
+            raise Stopped(json.loads((work / STOPPED).read_text())) from error
+        raise StepError("a training process failed; the lines above say why, and a new start resumes") from error
 
 
 def train_in_process(work: Path) -> None:
@@ -160,9 +179,26 @@ def stage_before(stage: str) -> str | None:
     return TRAIN_STEPS[index - 1] if index else None
 
 
+def _end_with_parent() -> None:
+    """End this process when its launcher is gone: two runs of one stage must never write side by side."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end with parent").start()
+
+
 def _main() -> int:
+    _end_with_parent()
+    from opensora.training.train import Stopped
+
     try:
         train_in_process(Path(sys.argv[1]))
+    except Stopped as stopped:
+        return stopped.exit_code  # the launcher says it once
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -164,6 +165,17 @@ def test_ctrl_c_and_sigterm_end_in_one_line_and_a_checkpoint(
     folder = tmp_path / "smoke" / "train_image"
     assert [step for step, _ in losses(folder)] == list(range(1, 401))
     assert not (folder / "stopped.json").exists()
+
+
+def test_a_killed_launcher_takes_its_processes_along(encoded: Path, tmp_path: Path) -> None:
+    values = config("train_video.processes=2", "train_video.batch_size=2", "train_video.steps=100000")
+    process, work = start(values, encoded, tmp_path)
+    wait_for_step(work, 3)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
 
 
 def test_checkpoints_hold_what_resume_needs(reference: Path) -> None:
