@@ -39,6 +39,7 @@ Workdir = Annotated[Path, typer.Option("--workdir", help="Root of the results: W
 Source = Annotated[str, typer.Option("--source", help="Folder of videos, or a csv, jsonl or parquet list of URLs.")]
 
 PARAMS = Path("params.yaml")
+INTERRUPTED = 130  # exit code after Ctrl-C
 RUNS = Path("runs")
 
 
@@ -167,9 +168,10 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; start the same command again to resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED and sys.argv[1:2] != ["run"]:  # the step that `run` started has said it
+            print("stopped; start the same command again to resume", file=sys.stderr)
+        raise
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise

@@ -2,7 +2,18 @@
 
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Processes started inside do not see Ctrl-C, so that they do not all print a traceback; their parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:

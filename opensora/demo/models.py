@@ -8,6 +8,7 @@ import numpy as np
 
 from opensora.config import Config
 from opensora.manifest import GIVEN, Clip, kept_clips, read_manifest
+from opensora.process import shielded
 from opensora.progress import plain_lines
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report
 
@@ -33,12 +34,13 @@ def run(config: Config, score: Path, split: Path, output: Path) -> Report:
     # Neither fills two cores, so each gets one.
     context = multiprocessing.get_context("spawn")
     processes = {
-        name: context.Process(target=job, args=(work, config, clips, split), name=name)
+        name: context.Process(target=job, args=(work, config, clips, split), name=name, daemon=True)
         for name, job in jobs.items()
         if not (work / name).is_dir()
     }
-    for process in processes.values():
-        process.start()
+    with shielded():
+        for process in processes.values():
+            process.start()
     for process in processes.values():
         process.join()
     failed = [name for name, process in processes.items() if process.exitcode]

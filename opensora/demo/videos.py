@@ -17,6 +17,7 @@ import numpy as np
 
 from opensora.config import DemoConfig
 from opensora.demo.shapes import Scene, all_scenes, held_out_scenes, render_clip
+from opensora.process import shielded
 from opensora.step import Report, StepFolder, fingerprint, read_report, write_json
 
 LICENCE = "CC0-1.0"
@@ -69,7 +70,9 @@ def write_world(
     write = partial(_write_numbered, folder, shots=shots_per_video, frames=shot_frames, size=size, fps=fps, seed=seed)
     processes = min(PROCESSES, videos)
     if processes > 1 and not multiprocessing.current_process().daemon:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        with shielded():
+            pool = multiprocessing.get_context("spawn").Pool(processes)
+        with pool:
             written = pool.map(write, range(videos), chunksize=4)
     else:
         written = [write(number) for number in range(videos)]
