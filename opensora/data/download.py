@@ -24,6 +24,7 @@ from opensora.step import Report, StepError, StepFolder, fingerprint, read_repor
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 LISTS = {".csv", ".jsonl", ".parquet"}
 CAPTIONS = ".captions.json"
+FOREVER_S = 1e9  # end of a caption of the whole video, whose length is not known yet
 BLOCK = 1 << 17  # bytes read at once
 PROBE_TIMEOUT_S = 60.0
 BACK_OFF_S = 0.5  # before the second try; doubles
@@ -38,6 +39,7 @@ class Item:
     sha256: str = ""
     licence: str = "unknown"
     captions: str = ""  # URL or path of a side-car file
+    caption: str = ""  # of the whole video
 
 
 class DownloadError(RuntimeError):
@@ -111,8 +113,8 @@ def list_items(source: str, config: DownloadConfig) -> list[Item]:
     rows = list(_read_list(source, config))
     if not rows:
         raise StepError(f"the list {source} has no rows")
-    if "url" not in rows[0]:
-        raise StepError(f"the list {source} lacks the column 'url'; it has {', '.join(map(str, rows[0]))}")
+    if not {"url", "path"} & set(rows[0]):
+        raise StepError(f"the list {source} lacks the column 'url' or 'path'; it has {', '.join(map(str, rows[0]))}")
     return [_item(index, row, source) for index, row in enumerate(rows)]
 
 
@@ -122,16 +124,19 @@ def _side_car(file: Path) -> str:
 
 
 def _item(index: int, row: dict, source: str) -> Item:
+    """One row; `path` and `caption` are the columns of Open-Sora's own lists."""
+
     def absolute(value: object) -> str:
         text = str(value or "")
         if not text or _is_url(text):
             return text
         return urljoin(source, text) if _is_url(source) else str(Path(source).parent / text)
 
-    url = absolute(row["url"])
+    url = absolute(row.get("url") or row.get("path"))
     name = _safe_name(index, Path(urlparse(url).path).name)
     captions = absolute(row.get("captions") or row.get("caption_path"))
-    return Item(url, name, str(row.get("sha256") or ""), str(row.get("licence") or "unknown"), captions)
+    licence, caption = str(row.get("licence") or "unknown"), str(row.get("caption") or "")
+    return Item(url, name, str(row.get("sha256") or ""), licence, captions, caption)
 
 
 def _safe_name(index: int, name: str) -> str:
@@ -197,6 +202,8 @@ def _fetch_item(item: Item, work: Path, config: DownloadConfig) -> Clip:
         _bring(item.url, target, config)
         if item.captions:
             _bring(item.captions, target.with_suffix(CAPTIONS), config)
+        elif item.caption:
+            write_json(target.with_suffix(CAPTIONS), [{"start_s": 0.0, "end_s": FOREVER_S, "caption": item.caption}])
         digest = _sha256(target)
         if item.sha256 and digest != item.sha256:
             raise DownloadError(f"wrong content: sha256 is {digest[:12]}…, the list says {item.sha256[:12]}…")

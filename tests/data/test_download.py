@@ -128,6 +128,18 @@ def test_a_list_with_a_dead_entry(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "download" / "manifest.parquet")[0].licence == "CC0-1.0"
 
 
+def test_a_list_of_open_sora_s_form_gives_captions(tmp_path: Path) -> None:
+    from opensora.config import SplitConfig
+    from opensora.data import split
+
+    video(tmp_path / "a.mp4")
+    (tmp_path / "list.csv").write_text('path,caption,frames\na.mp4,"a cat, and a dog",16\n')
+    run(DownloadConfig(), str(tmp_path / "list.csv"), tmp_path / "download")
+    split.run(SplitConfig(workers=1), tmp_path / "download", tmp_path / "split")
+    rows = read_manifest(tmp_path / "split" / "manifest.parquet")
+    assert {(row.caption, row.caption_model) for row in rows} == {("a cat, and a dog", "given")}
+
+
 def test_twice_is_once(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     video(tmp_path / "in" / "a.mp4")
