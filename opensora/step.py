@@ -15,6 +15,7 @@ from opensora.config import UserError
 
 REPORT = "report.json"
 FINGERPRINT = "fingerprint.json"
+PARTIAL = ".partial"
 
 
 class StepError(UserError):
@@ -61,6 +62,11 @@ def fingerprint(*values: object) -> str:
     return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def final_place(path: Path) -> Path:
+    """Where a file of a step at work will lie when the step is done."""
+    return Path(*(part for part in path.parts if part != PARTIAL))
+
+
 class PeakMemory:
     """The most memory that this process and its children held at once; pages they share count once a process."""
 
@@ -100,7 +106,7 @@ class StepFolder:
 
     def __init__(self, output: Path, key: str) -> None:
         self.output = output
-        self.path = output.parent / ".partial" / output.name
+        self.path = output.parent / PARTIAL / output.name
         self.key = key
         self.started = time.monotonic()
         self._memory = PeakMemory()

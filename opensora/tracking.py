@@ -4,6 +4,7 @@ Every record is a line in a local spool first, with its time fixed; a thread dra
 is down neither stops training nor loses a point: what is left is sent at the next start, or by `replay`.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from opensora.config import UserError
-from opensora.step import write_json
+from opensora.step import final_place, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,6 +139,7 @@ class Tracker:
         tracker = cls(root, profile, step, place)
         if fresh:
             tracker._put({"kind": "start", "params": flatten(params), "tags": lineage() | tags})
+        tracker._hold()
         tracker._thread.start()
         return tracker
 
@@ -154,12 +156,13 @@ class Tracker:
         self._put({"kind": "image", "step": step, "key": key, "path": str(path.resolve())})
 
     def log_artifact(self, path: Path, artifact_path: str = "") -> None:
-        """A file that stays where it is until it is sent."""
+        """A file that stays where it is until it is sent, or until its step is done."""
         self._put({"kind": "artifact", "path": str(path.resolve()), "artifact_path": artifact_path})
 
     def log_checkpoint(self, path: Path, step: int, sha256: str) -> None:
-        """A checkpoint by reference."""
-        self._put({"kind": "checkpoint", "path": str(path.resolve()), "step": step, "sha256": sha256})
+        """A checkpoint by reference to where it lies when its step is done."""
+        place = str(final_place(path.resolve()))
+        self._put({"kind": "checkpoint", "path": place, "step": step, "sha256": sha256})
 
     def close(self, status: str = "FINISHED", timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """End the run; what cannot be sent in time stays in the spool."""
@@ -167,6 +170,7 @@ class Tracker:
         self._stop.set()
         self._wake.set()
         self._thread.join(timeout_s)
+        self._held.close()
         if status == "FINISHED":
             state_file = self.root / self.profile / ".mlflow" / "current.json"
             state = json.loads(state_file.read_text())
@@ -194,6 +198,8 @@ class Tracker:
             stopping = self._stop.is_set()
             try:
                 self.drain()
+                if stopping:
+                    replay(self.root)
             except Exception as error:  # whatever the store says, training goes on and the spool keeps all
                 log.debug("tracking: %s", error)
                 if stopping:
@@ -201,6 +207,16 @@ class Tracker:
             if stopping:
                 return
             self._wake.wait(DRAIN_EVERY_S)
+
+    def _hold(self) -> bool:
+        """Mark the spool as in use until `_held` is closed or this process ends; False if it is in use already."""
+        self._held = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._held.close()
+            return False
+        return True
 
     def drain(self) -> None:
         """Send what the spool holds past the offset; any error of the store leaves the offset where it is."""
@@ -262,8 +278,12 @@ class Tracker:
 
                 picture = np.asarray(Image.open(record["path"]))
                 client.log_image(run, picture, key=record["key"], step=record["step"])
-            case "artifact" if Path(record["path"]).is_file():
-                client.log_artifact(run, record["path"], record["artifact_path"] or None)
+            case "artifact":
+                path = Path(record["path"])
+                for place in (path, final_place(path)):
+                    if place.is_file():
+                        client.log_artifact(run, str(place), record["artifact_path"] or None)
+                        break
             case "checkpoint":
                 self._send_checkpoint(run, record)
             case "status":
@@ -303,13 +323,19 @@ class Tracker:
 
 
 def replay(root: Path) -> int:
-    """Send what left-over spools below `root` still hold; returns how many there were."""
+    """Send what spools that no process uses any more still hold; returns how many there were.
+
+    Every run does so at its end, for the runs before it that had no server to send to.
+    """
     count = 0
     for spool in sorted(root.glob("*/.mlflow/*/*/spool.jsonl")):
         offset = spool.with_name("offset")
         if (int(offset.read_text()) if offset.is_file() else 0) < spool.stat().st_size:
-            Tracker(root, spool.parts[-5], spool.parent.name, spool.parent).drain()
-            count += 1
+            tracker = Tracker(root, spool.parts[-5], spool.parent.name, spool.parent)
+            if tracker._hold():
+                with tracker._held:
+                    tracker.drain()
+                count += 1
     return count
 
 

@@ -74,7 +74,9 @@ def test_an_error_marks_the_run_as_failed(root: Path) -> None:
     assert {run.info.status for run in runs(root, "single_gpu")} == {"FAILED"}
 
 
-def test_a_dead_store_stops_nothing_and_loses_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_store_stops_nothing_and_loses_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(_: Path) -> None:
         raise ConnectionError("no server")
 
@@ -83,18 +85,27 @@ def test_a_dead_store_stops_nothing_and_loses_nothing(root: Path, monkeypatch: p
         with track(root, "promote", "smoke") as tracker:
             for step in range(50):
                 tracker.log_metrics({"loss": float(step)}, step)
-    assert replay(root) == 1
+            work = tmp_path / ".partial" / "promote"
+            work.mkdir(parents=True)
+            (work / "gate.json").write_text("{}")
+            tracker.log_artifact(work / "gate.json")
+    work.rename(tmp_path / "promote")  # the step is done
+    assert not any(run.info.run_name == "promote" for run in runs(root))
+    with track(root, "evaluate", "smoke"):  # the next step finds the server and sends for both
+        pass
     child = next(run for run in runs(root) if run.info.run_name == "promote")
     history = connect(root).get_metric_history(child.info.run_id, "loss")
     assert [point.value for point in history] == [float(step) for step in range(50)]
+    assert [item.path for item in connect(root).list_artifacts(child.info.run_id)] == ["gate.json"]
     assert replay(root) == 0
 
 
 def test_checkpoints_are_logged_by_reference(root: Path, tmp_path: Path) -> None:
     with track(root, "train_video", "demo") as tracker:
-        tracker.log_checkpoint(tmp_path, 7, "abc")
+        tracker.log_checkpoint(tmp_path / ".partial" / "train_video", 7, "abc")
     found = connect(root).search_logged_models([runs(root, "demo")[0].info.experiment_id])
     assert [(model.tags["checkpoint.sha256"], model.params["step"]) for model in found] == [("abc", "7")]
+    assert found[0].tags["checkpoint.uri"] == str(tmp_path / "train_video")  # where it lies when the step is done
 
 
 def test_registry_names_what_is_missing_or_changed(root: Path, tmp_path: Path) -> None:
