@@ -35,6 +35,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
 }
 CHAMPION = "champion"
+_CONNECTING = threading.Lock()  # of two threads that import MLflow at once, one sees half of it
 log = logging.getLogger(__name__)
 
 
@@ -53,10 +54,11 @@ def connect(root: Path) -> "MlflowClient":
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    import mlflow
-
     uri = tracking_uri(root)  # not set globally: MLflow would write it into the environment
-    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with _CONNECTING:
+        import mlflow
+
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def _experiment(client: "MlflowClient", root: Path, profile: str) -> str:
@@ -341,10 +343,11 @@ def replay(root: Path) -> int:
 
 def champion(root: Path, model: str) -> Any | None:
     """The registered version that carries the alias `champion`, or None."""
+    client = connect(root)
     from mlflow.exceptions import MlflowException
 
     try:
-        return connect(root).get_model_version_by_alias(model, CHAMPION)
+        return client.get_model_version_by_alias(model, CHAMPION)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
@@ -353,9 +356,9 @@ def champion(root: Path, model: str) -> Any | None:
 
 def register(root: Path, model: str, source: Path, tags: dict[str, str]) -> str:
     """Register a version whose files lie in `source`; returns its number."""
+    client = connect(root)
     from mlflow.exceptions import MlflowException
 
-    client = connect(root)
     try:
         client.create_registered_model(model)
     except MlflowException as error:
@@ -375,10 +378,10 @@ def model_version_path(uri: str, root: Path) -> Path:
     Raises:
         RegistryError: no such version, or its files are gone or not those that were registered.
     """
+    client = connect(root)
     from mlflow.exceptions import MlflowException
 
     name, at, alias = uri.removeprefix("models:/").partition("@")
-    client = connect(root)
     try:
         if at:
             version = client.get_model_version_by_alias(name, alias)

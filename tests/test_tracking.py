@@ -1,6 +1,8 @@
 """Tracking: spool first, one parent with a child a step, nothing lost when the store is away."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from opensora import tracking
 from opensora.tracking import RegistryError, Tracker, connect, flatten, model_version_path, replay
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,22 @@ def test_registry_names_what_is_missing_or_changed(root: Path, tmp_path: Path) -
     (tmp_path / "checkpoint.json").unlink()
     with pytest.raises(RegistryError, match="no checkpoint any more"):
         model_version_path(f"models:/m/{version}", root)
+
+
+def test_two_threads_may_be_the_first_to_use_mlflow(tmp_path: Path) -> None:
+    code = (
+        "import sys, threading; from pathlib import Path; from opensora.tracking import champion, connect\n"
+        "root, failed = Path(sys.argv[1]), []\n"
+        "def look(number):\n"
+        "    try: champion(root, 'none') if number % 2 else connect(root)\n"
+        "    except Exception as error: failed.append(error)\n"
+        "threads = [threading.Thread(target=look, args=[n]) for n in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "sys.exit(str(failed) if failed else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_flatten() -> None:
