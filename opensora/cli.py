@@ -40,6 +40,7 @@ Source = Annotated[str, typer.Option("--source", help="Folder of videos, or a cs
 
 PARAMS = Path("params.yaml")
 INTERRUPTED = 130  # exit code after Ctrl-C
+RESUME = "stopped; start the same command again to resume"
 RUNS = Path("runs")
 
 
@@ -99,7 +100,11 @@ def run(
     # A process a step: memory is given back, and the heavy libraries of one step do not slow the next.
     for name in chain_steps(config):
         print(f"── {name}", flush=True)
-        code = run_child([sys.executable, "-m", "opensora.cli", name, *common])
+        try:
+            code = run_child([sys.executable, "-m", "opensora.cli", name, *common])
+        except KeyboardInterrupt:
+            print(RESUME, file=sys.stderr)
+            raise
         if code:
             raise typer.Exit(code if code > 0 else 128 - code)
     from opensora.results import describe
@@ -169,8 +174,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == INTERRUPTED and sys.argv[1:2] != ["run"]:  # the step that `run` started has said it
-            print("stopped; start the same command again to resume", file=sys.stderr)
+        if end.code == INTERRUPTED and sys.argv[1:2] != ["run"]:  # `run` or its step has said it
+            print(RESUME, file=sys.stderr)
         raise
     except OSError as error:
         if error.errno != 28:  # ENOSPC

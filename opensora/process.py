@@ -2,13 +2,17 @@
 
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
 @contextmanager
 def shielded() -> Iterator[None]:
     """Processes started inside do not see Ctrl-C, so that they do not all print a traceback; their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set signals
+        yield
+        return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -16,19 +20,26 @@ def shielded() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run_child(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+def run_child(command: Sequence[str]) -> int:
     """Run a command and return its exit code, negative for a signal.
 
     SIGTERM is passed on. Ctrl-C reaches the child by itself, as it belongs to the same terminal. Either way the child
     is waited for: training writes a checkpoint before it ends.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came too late to stop the child, which ended well.
     """
-    child = subprocess.Popen(command, env=environment)
+    child = subprocess.Popen(command)
     before = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     try:
-        while True:
+        interrupted = False
+        while child.returncode is None:
             try:
-                return child.wait()
+                child.wait()
             except KeyboardInterrupt:
-                continue
+                interrupted = True
+        if interrupted and child.returncode == 0:
+            raise KeyboardInterrupt
+        return child.returncode
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -47,3 +47,22 @@ def test_a_stopped_parent_waits_for_its_child(how: signal.Signals, tmp_path: Pat
         parent.send_signal(how)
     assert parent.wait(30) == 7
     assert (tmp_path / "note").read_text() == "saved"
+
+
+def test_an_interrupt_that_the_child_did_not_heed_still_stops_the_parent(tmp_path: Path) -> None:
+    heedless = CHILD.replace("sys.exit(7)", "sys.exit(0)")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.replace(repr(CHILD), repr(heedless)), str(tmp_path / "note")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert parent.stdout
+    assert parent.stdout.readline() == b"ready\n"
+    time.sleep(0.2)
+    os.killpg(parent.pid, signal.SIGINT)
+    _, errors = parent.communicate(timeout=30)
+    assert b"KeyboardInterrupt" in errors
+    assert parent.returncode != 0
+    assert (tmp_path / "note").read_text() == "saved"

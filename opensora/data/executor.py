@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Generic, TypeVar
 
+from opensora.process import shielded
+
 Task = TypeVar("Task")
 Value = TypeVar("Value")
 STOP_S = 5.0  # an idle worker has that long to end by itself
@@ -26,7 +28,8 @@ class _Worker(Generic[Task, Value]):
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(function, theirs), daemon=True)
-        self.process.start()
+        with shielded():
+            self.process.start()
         theirs.close()
         self.index: int | None = None
         self.deadline = 0.0
@@ -52,7 +55,7 @@ def _serve(function: Callable[[Task], Value], pipe: Connection) -> None:
                 pipe.send((function(task), ""))
             except Exception as error:  # any failure of one item is that item's result
                 pipe.send((None, str(error) or type(error).__name__))
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         return
 
 
