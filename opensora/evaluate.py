@@ -178,14 +178,10 @@ def measure(prompts: Sequence[str], rows: Sequence[dict]) -> dict[str, float]:
     verdicts = [(prompt, follows(prompt, row)) for prompt, row in zip(prompts, rows, strict=True)]
     known = [(prompt, verdict) for prompt, verdict in verdicts if verdict is not None]
     held_out = {scene.caption for scene in held_out_scenes()}
-    groups = {
-        "prompt_following": [prompt for prompt, _ in known],
-        "prompt_following_seen": [prompt for prompt, _ in known if prompt not in held_out],
-        "prompt_following_held_out": [prompt for prompt, _ in known if prompt in held_out],
-    }
-    for name, group in groups.items():
-        if group:
-            metrics[name] = float(np.mean([verdict["prompt"] for prompt, verdict in known if prompt in group]))
+    for name, wanted in {"": (False, True), "_seen": (False,), "_held_out": (True,)}.items():
+        chosen = [verdict["prompt"] for prompt, verdict in known if (prompt in held_out) in wanted]
+        if chosen:
+            metrics[f"prompt_following{name}"] = float(np.mean(chosen))
     for part in ("colour", "shape", "direction"):
         values = [verdict[part] for _, verdict in known if part in verdict]
         if values:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
 from opensora.config import UserError
 
@@ -62,6 +63,17 @@ def fingerprint(*values: object) -> str:
     return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def lock_file(path: Path) -> IO[str] | None:
+    """`path` opened and locked until it is closed or this process ends; None if somebody else holds it."""
+    handle = path.open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    return handle
+
+
 def final_place(path: Path) -> Path:
     """Where a file of a step at work will lie when the step is done."""
     return Path(*(part for part in path.parts if part != PARTIAL))
@@ -74,11 +86,16 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self._peak = 0
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="peak memory")
 
     def start(self) -> None:
-        """Look twice a second until this process ends."""
+        """Look twice a second until `stop`."""
         self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
 
     def read_mib(self) -> float:
         """The peak so far, in MiB."""
@@ -86,9 +103,9 @@ class PeakMemory:
         return self._peak / 2**20
 
     def _watch(self) -> None:
-        while True:
+        self._look()
+        while not self._stopped.wait(self.EVERY_S):
             self._look()
-            time.sleep(self.EVERY_S)
 
     def _look(self) -> None:
         import psutil
@@ -140,11 +157,9 @@ class StepFolder:
     def _lock(self) -> None:
         """Held until this process ends, however it ends."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._held = self.path.with_name(f"{self.path.name}.lock").open("w")
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StepError(f"another process is working on {self.output}; wait for it or stop it") from None
+        self._held = lock_file(self.path.with_name(f"{self.path.name}.lock"))
+        if self._held is None:
+            raise StepError(f"another process is working on {self.output}; wait for it or stop it")
 
     def finish(self, report: Report) -> Report:
         """Write the report and rename the work folder to its final name."""
@@ -152,6 +167,7 @@ class StepFolder:
             "seconds": time.monotonic() - self.started,
             "peak_memory_mib": self._memory.read_mib(),
         }
+        self._memory.stop()
         write_json(self.path / REPORT, values)
         if self.output.exists():
             shutil.rmtree(self.output)

@@ -4,7 +4,6 @@ Every record is a line in a local spool first, with its time fixed; a thread dra
 is down neither stops training nor loses a point: what is left is sent at the next start, or by `replay`.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -15,10 +14,10 @@ import uuid
 from hashlib import md5
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from opensora.config import UserError
-from opensora.step import final_place, write_json
+from opensora.step import final_place, lock_file, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +34,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
 }
 CHAMPION = "champion"
+LOCK = "lock"  # beside a spool, held while a run writes to it
 _CONNECTING = threading.Lock()  # of two threads that import MLflow at once, one sees half of it
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class Tracker:
         self.root, self.profile, self.step, self.folder = root, profile, step, folder
         self.spool, self.offset = folder / "spool.jsonl", folder / "offset"
         self._client: MlflowClient | None = None
+        self._held: IO[str] | None = None
         self._wake, self._stop = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._drain_forever, name="tracking", daemon=True)
@@ -141,7 +142,7 @@ class Tracker:
         tracker = cls(root, profile, step, place)
         if fresh:
             tracker._put({"kind": "start", "params": flatten(params), "tags": lineage() | tags})
-        tracker._hold()
+        tracker._held = lock_file(place / LOCK)
         tracker._thread.start()
         return tracker
 
@@ -172,7 +173,8 @@ class Tracker:
         self._stop.set()
         self._wake.set()
         self._thread.join(timeout_s)
-        self._held.close()
+        if self._held:
+            self._held.close()
         if status == "FINISHED":
             state_file = self.root / self.profile / ".mlflow" / "current.json"
             state = json.loads(state_file.read_text())
@@ -209,16 +211,6 @@ class Tracker:
             if stopping:
                 return
             self._wake.wait(DRAIN_EVERY_S)
-
-    def _hold(self) -> bool:
-        """Mark the spool as in use until `_held` is closed or this process ends; False if it is in use already."""
-        self._held = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._held.close()
-            return False
-        return True
 
     def drain(self) -> None:
         """Send what the spool holds past the offset; any error of the store leaves the offset where it is."""
@@ -333,10 +325,10 @@ def replay(root: Path) -> int:
     for spool in sorted(root.glob("*/.mlflow/*/*/spool.jsonl")):
         offset = spool.with_name("offset")
         if (int(offset.read_text()) if offset.is_file() else 0) < spool.stat().st_size:
-            tracker = Tracker(root, spool.parts[-5], spool.parent.name, spool.parent)
-            if tracker._hold():
-                with tracker._held:
-                    tracker.drain()
+            held = lock_file(spool.with_name(LOCK))
+            if held:
+                with held:
+                    Tracker(root, spool.parts[-5], spool.parent.name, spool.parent).drain()
                 count += 1
     return count
 

@@ -47,7 +47,7 @@ def test_layers(path: Path) -> None:
     relative = path.relative_to(PACKAGE)
     package = relative.parts[0] if len(relative.parts) > 1 else None
     used = own_imports(path)
-    if package is None and relative.stem in ("config", "manifest", "weights", "step", "progress", "process"):
+    if package is None and relative.stem in LEAVES:
         assert used <= {"config"}
     elif package is not None:
         allowed = set(ALLOWED[package])

@@ -28,14 +28,7 @@ class LatentDataset:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        clips: list[Clip],
-        height: int,
-        width: int,
-        frames: int,
-        interval: int,
-        max_tokens: int,
+        self, folder: Path, clips: list[Clip], height: int, width: int, frames: int, interval: int, max_tokens: int
     ) -> None:
         self.folder, self.frames, self.interval, self.max_tokens = folder, frames, interval, max_tokens
         self.key = f"{height}x{width}"

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from opensora.config import DemoConfig
+from opensora.data.video import x264_params
 from opensora.demo.shapes import Scene, all_scenes, held_out_scenes, render_clip
 from opensora.process import shielded
 from opensora.step import Report, StepFolder, fingerprint, read_report, write_json
@@ -164,8 +165,7 @@ def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        # On processors with AVX-512 x264's macroblock tree reads past the rows of frames this narrow: without it.
-        stream.options = {"crf": CRF, "preset": "fast", "x264-params": "no-mbtree=1"}
+        stream.options = {"crf": CRF, "preset": "fast", "x264-params": x264_params(stream.width)}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

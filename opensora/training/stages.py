@@ -110,13 +110,7 @@ def train_in_process(work: Path) -> None:
     engine = build_engine(train)
     clips = kept_clips(read_manifest(encode / "manifest.parquet"))
     data = LatentDataset(
-        encode,
-        clips,
-        train.height,
-        train.width,
-        train.frames,
-        train.frame_interval,
-        config.encode.max_tokens,
+        encode, clips, train.height, train.width, train.frames, train.frame_interval, config.encode.max_tokens
     )
     model = build_model(config, stage, data.latent_size[0], Path(job["previous"]) if job["previous"] else None)
     info = {"config": job["config"], "stage": stage, **model_places(config, train, data.latent_size[0])}
