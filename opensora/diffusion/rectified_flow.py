@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opensora.diffusion.guidance import Denoiser, GuidanceMode, guided_prediction
+from opensora.diffusion.guidance import Denoiser, GuidanceMode, StepNoise, guided, working_dtype
 
 TIMESTEP_SCALE = 1000.0
 
@@ -60,12 +60,12 @@ class RectifiedFlow:
         mask: Tensor | None = None,
         guidance_scale: float = 7.0,
         guidance_mode: GuidanceMode = "full",
+        step_noise: StepNoise | None = None,
     ) -> Tensor:
-        """Latents [B, c, T, H, W] from noise `z` of that shape, by Euler steps under guidance."""
+        """Latents [B, c, T, H, W] from noise `z` by Euler steps; no noise is drawn, so `step_noise` is not read."""
+        predict = guided(model, z, y, null_y, mask, guidance_scale, guidance_mode)
         times = self.times().to(z.device)
-        x = z
+        x = z.to(working_dtype(z))
         for now, then in zip(times[:-1], times[1:], strict=True):
-            timestep = (now * TIMESTEP_SCALE).expand(z.shape[0])
-            velocity = guided_prediction(model, x, timestep, y, null_y, mask, guidance_scale, guidance_mode)
-            x = x + (then - now) * velocity[:, : z.shape[1]]
-        return x
+            x = x + (then - now) * predict(x, now * TIMESTEP_SCALE)[:, : z.shape[1]]
+        return x.to(z.dtype)

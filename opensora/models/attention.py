@@ -1,10 +1,13 @@
 """Self- and cross-attention as STDiT uses them.
 
-Shapes: `B` batch, `M` query tokens, `L` text tokens, `C` channels, `A` heads, `D` = C / A.
+Shapes: `B` batch, `T` frames, `S` spatial tokens, `M` query tokens, `L` text tokens, `C` channels, `A` heads,
+`D` = C / A.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+KeysValues = tuple[Tensor, Tensor]  # of a text, each [B, A, L, D]
 
 
 class SelfAttention(nn.Module):
@@ -19,14 +22,39 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, M, C] -> [B, M, C]."""
         batch, length, channels = x.shape
-        if length == 1:
-            # Softmax over one key is 1, so the result is the projected value, exactly.
-            weight, bias = self.qkv.weight[2 * channels :], self.qkv.bias[2 * channels :]
-            return self.proj(F.linear(x, weight, bias))
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, -1)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, A, M, D]
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, length, channels))
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention over the frames of each location; parameters as `SelfAttention`'s.
+
+    Queries, keys and values are projected apart, because then the heads of all locations stand side by side in memory:
+    [B, T, S·A, D] is attended to as S·A heads, and nothing is transposed in either direction.
+    """
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, S, C] -> [B, T, S, C]."""
+        batch, frames, space, channels = x.shape
+        weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        if frames == 1:
+            # Softmax over one key is 1, so the result is the projected value, exactly.
+            return self.proj(F.linear(x, weights[2], biases[2]))
+        heads = (batch, frames, space * self.num_heads, channels // self.num_heads)
+        q, k, v = (
+            F.linear(x, weight, bias).view(heads).transpose(1, 2)  # [B, S·A, T, D]
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, frames, space, channels))
 
 
 class CrossAttention(nn.Module):
@@ -39,19 +67,23 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, text: Tensor, keep: Tensor | None) -> Tensor:
-        """x [B, M, C], text [B, L, C], keep [B, L] bool (None keeps all) -> [B, M, C]."""
+    def keys_values(self, text: Tensor) -> KeysValues:
+        """text [B, L, C] -> keys and values."""
+        kv = self.kv_linear(text).view(*text.shape[:2], 2, self.num_heads, -1)
+        keys, values = (part.transpose(1, 2) for part in kv.unbind(2))
+        return keys, values
+
+    def forward(self, x: Tensor, text: Tensor | KeysValues, keep: Tensor | None) -> Tensor:
+        """x [B, M, C], text [B, L, C] or its keys and values, keep [B, 1, 1, L] bool (None keeps all) -> [B, M, C]."""
         batch, length, channels = x.shape
         q = self.q_linear(x).view(batch, length, self.num_heads, -1).transpose(1, 2)  # [B, A, M, D]
-        kv = self.kv_linear(text).view(batch, text.shape[1], 2, self.num_heads, -1)
-        k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # [B, A, L, D]
-        bias = None if keep is None else keep[:, None, None, :]  # broadcast over heads and queries
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        keys, values = text if isinstance(text, tuple) else self.keys_values(text)
+        x = F.scaled_dot_product_attention(q, keys, values, attn_mask=keep)
         return self.proj(x.transpose(1, 2).reshape(batch, length, channels))
 
 
 def keep_mask(mask: Tensor | None, rows: int) -> Tensor | None:
-    """Boolean form [rows, L] of a text mask; a mask with fewer rows is tiled.
+    """Boolean form [rows, 1, 1, L] of a text mask, which fits all heads and queries; fewer rows are tiled.
 
     Raises:
         ValueError: the number of rows is no multiple of the mask's rows.
@@ -63,5 +95,4 @@ def keep_mask(mask: Tensor | None, rows: int) -> Tensor | None:
             f"a text mask with {mask.shape[0]} rows cannot be tiled to a batch of {rows}; "
             "give one row a sample, or one row for all"
         )
-    keep = mask.ne(0)
-    return keep if mask.shape[0] == rows else keep.repeat(rows // mask.shape[0], 1)
+    return mask.ne(0).repeat(rows // mask.shape[0], 1)[:, None, None, :]

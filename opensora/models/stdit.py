@@ -1,7 +1,8 @@
 """STDiT, the spatial-temporal diffusion transformer of Open-Sora 1.0, for any number of frames and any size.
 
-Shapes: `B` batch, `T` frames, `H`, `W` latent size, `S` spatial tokens a frame, `N` = T·S tokens,
-`C` hidden channels, `L` text tokens, `Cc` caption channels. Token index = (t·H' + h)·W' + w.
+With one frame it is PixArt-α: temporal attention over one frame is a linear map, zero in a model that was not trained
+on videos. Shapes: `B` batch, `T` frames, `H`, `W` latent size, `S` spatial tokens a frame, `N` = T·S tokens,
+`C` hidden channels, `A` heads, `L` text tokens, `Cc` caption channels.
 
 Parameter names are those of the released checkpoints. Papers: DiT (arXiv 2212.09748), PixArt-α
 (arXiv 2310.00426), Latte (arXiv 2401.03048); the report of Open-Sora 1.0.
@@ -9,15 +10,24 @@ Parameter names are those of the released checkpoints. Papers: DiT (arXiv 2212.0
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from opensora.models.attention import CrossAttention, SelfAttention, keep_mask
-
-FREQUENCY_CHANNELS = 256  # sinusoidal channels of a timestep (DiT)
-MAX_PERIOD = 10_000.0  # longest wavelength of every sinusoidal table (DiT)
+from opensora.models.attention import CrossAttention, KeysValues, SelfAttention, TemporalAttention, keep_mask
+from opensora.models.embeddings import (
+    CaptionEmbedder,
+    Mlp,
+    PatchEmbedder,
+    TimestepEmbedder,
+    initialise,
+    modulate,
+    normal_weights,
+    spatial_positions,
+    temporal_positions,
+    unpatchify,
+)
 
 
 @dataclass(frozen=True)
@@ -52,91 +62,22 @@ class STDiTConfig:
         """Channels of the output: the prediction, and its variance when `pred_sigma`."""
         return self.in_channels * (2 if self.pred_sigma else 1)
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens at the default size."""
+        return self.tokens(self.input_size)
 
-def sinusoid(positions: Tensor, channels: int) -> Tensor:
-    """[P] -> [P, channels]: [sin(p·ω), cos(p·ω)] with ω_k = 10000^(−k / (channels / 2)), in float64."""
-    half = channels // 2
-    omega = MAX_PERIOD ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = positions.to(torch.float64)[:, None] * omega[None]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def spatial_positions(rows: int, columns: int, channels: int, scale: float) -> Tensor:
-    """Table [1, rows·columns, channels] in float32; the first half of the channels encodes the column."""
-    column = sinusoid(torch.arange(columns) / scale, channels // 2).repeat(rows, 1)
-    row = sinusoid(torch.arange(rows) / scale, channels // 2).repeat_interleave(columns, dim=0)
-    return torch.cat([column, row], dim=1).float()[None]
+    def tokens(self, size: tuple[int, ...]) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens of latents [..., T, H, W] of that size."""
+        frames, height, width = size[-3:]
+        return frames, math.ceil(height / self.patch_size[1]), math.ceil(width / self.patch_size[2])
 
 
-def temporal_positions(frames: int, channels: int, scale: float) -> Tensor:
-    """Table [1, frames, channels] in float32."""
-    return sinusoid(torch.arange(frames) / scale, channels).float()[None]
+class EncodedText(NamedTuple):
+    """What the blocks need of a text, for all steps of sampling."""
 
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, N, C] scaled and shifted by [B, 1, C]."""
-    return x * (1 + scale) + shift
-
-
-class PatchEmbedder(nn.Module):
-    """Latent [B, c, T, H, W] -> tokens [B, N, C]."""
-
-    def __init__(self, config: STDiTConfig) -> None:
-        super().__init__()
-        patch = config.patch_size
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedder(nn.Module):
-    """Timesteps [B] -> [B, C]. The sinusoids stay in float32: bf16 would merge neighbouring timesteps."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_CHANNELS, channels), nn.SiLU(), nn.Linear(channels, channels))
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        half = FREQUENCY_CHANNELS // 2
-        index = torch.arange(half, dtype=torch.float32, device=timestep.device)
-        angles = timestep.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * index / half)[None]
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU."""
-
-    def __init__(self, channels: int, hidden: int, out: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class CaptionEmbedder(nn.Module):
-    """Text embeddings [B, 1, L, Cc] -> [B, 1, L, C]; drops captions in training for guidance."""
-
-    y_embedding: Tensor
-
-    def __init__(self, config: STDiTConfig) -> None:
-        super().__init__()
-        self.y_proj = Mlp(config.caption_channels, config.hidden_size, config.hidden_size)
-        null = torch.randn(config.model_max_length, config.caption_channels) / config.caption_channels**0.5
-        self.register_buffer("y_embedding", null)
-        self.dropout_prob = config.class_dropout_prob
-
-    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
-        """`drop` [B] (1 drops that sample's text) replaces the random choice made in training."""
-        if drop is None and self.training and self.dropout_prob > 0:
-            drop = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
-        if drop is not None:
-            null = self.y_embedding[: y.shape[2]].to(y.dtype)
-            y = torch.where(drop.bool()[:, None, None, None], null, y)
-        return self.y_proj(y)
+    keys_values: list[KeysValues]  # a block
+    keep: Tensor | None  # [B, 1, 1, L]
 
 
 class STDiTBlock(nn.Module):
@@ -151,12 +92,18 @@ class STDiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(channels, int(channels * config.mlp_ratio), channels)
         self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
-        self.attn_temp = SelfAttention(channels, heads)
+        self.attn_temp = TemporalAttention(channels, heads)
 
     def forward(
-        self, x: Tensor, text: Tensor, t0: Tensor, keep: Tensor | None, frames: int, temporal_position: Tensor | None
+        self,
+        x: Tensor,
+        text: Tensor | KeysValues,
+        t0: Tensor,
+        keep: Tensor | None,
+        frames: int,
+        temporal_position: Tensor | None,
     ) -> Tensor:
-        """x [B, N, C], text [B, L, C], t0 [B, 6C], temporal_position [1, T, C] or None -> [B, N, C]."""
+        """x [B, N, C], text [B, L, C] or its keys and values, t0 [B, 6C], temporal_position [1, T, C] -> [B, N, C]."""
         batch, tokens, channels = x.shape
         space = tokens // frames
         table = self.scale_shift_table[None] + t0.view(batch, 6, channels)
@@ -165,11 +112,10 @@ class STDiTBlock(nn.Module):
         within = modulate(self.norm1(x), shift1, scale1).view(batch * frames, space, channels)
         x = x + gate1 * self.attn(within).view(batch, tokens, channels)
 
-        along = x.view(batch, frames, space, channels).transpose(1, 2).reshape(batch * space, frames, channels)
+        along = x.view(batch, frames, space, channels)
         if temporal_position is not None:
-            along = along + temporal_position
-        along = self.attn_temp(along).view(batch, space, frames, channels).transpose(1, 2)
-        x = x + gate1 * along.reshape(batch, tokens, channels)
+            along = along + temporal_position[:, :, None]
+        x = x + gate1 * self.attn_temp(along).view(batch, tokens, channels)
 
         x = x + self.cross_attn(x, text, keep)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -200,30 +146,29 @@ class STDiT(nn.Module):
         super().__init__()
         self.config = config
         channels = config.hidden_size
-        frames, rows, columns = (
-            math.ceil(size / patch) for size, patch in zip(config.input_size, config.patch_size, strict=True)
-        )
-        self.register_buffer("pos_embed", spatial_positions(rows, columns, channels, config.space_scale))
-        self.register_buffer("pos_embed_temporal", temporal_positions(frames, channels, config.time_scale))
-        self._position_cache: dict[tuple[int, ...], Tensor] = {}
-        self.grid = (frames, rows, columns)
+        frames, rows, columns = config.grid
+        # Part of the released files; `forward` takes the tables of the size it is given.
+        self.register_buffer("pos_embed", spatial_positions(rows, columns, channels, config.space_scale).clone())
+        self.register_buffer("pos_embed_temporal", temporal_positions(frames, channels, config.time_scale).clone())
 
-        self.x_embedder = PatchEmbedder(config)
+        self.x_embedder = PatchEmbedder(config.in_channels, channels, config.patch_size)
         self.t_embedder = TimestepEmbedder(channels)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
-        self.y_embedder = CaptionEmbedder(config)
+        self.y_embedder = CaptionEmbedder(
+            config.caption_channels, config.model_max_length, channels, config.class_dropout_prob
+        )
         self.blocks = nn.ModuleList(STDiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()
 
-    def forward(self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor | EncodedText, mask: Tensor | None = None) -> Tensor:
         """Predict the noise (or velocity) of latents.
 
         Args:
             x: latents [B, in_channels, T, H, W]; sizes that the patch does not divide are padded.
             timestep: [B], whole or fractional, on the scale 0…1000.
-            y: text embeddings [B, 1, L, Cc].
-            mask: [B, L], tokens ≠ 0 are attended to; None attends to all.
+            y: text embeddings [B, 1, L, Cc], or what `encode_text` made of them.
+            mask: [B, L], tokens ≠ 0 are attended to; None attends to all. Not read with encoded text.
 
         Returns:
             [B, out_channels, T, H, W] in float32.
@@ -231,86 +176,55 @@ class STDiT(nn.Module):
         Raises:
             ValueError: a shape does not fit; the message names the shapes received.
         """
-        self._check_shapes(x, timestep, y, mask)
-        height, width = x.shape[-2:]
-        _, patch_h, patch_w = self.config.patch_size
-        dtype = self.x_embedder.proj.weight.dtype
-        x = F.pad(x.to(dtype), (0, -width % patch_w, 0, -height % patch_h))
-        frames, rows, columns = x.shape[2], x.shape[3] // patch_h, x.shape[4] // patch_w
+        config = self.config
+        self._check_shapes(x, timestep)
+        frames, rows, columns = config.tokens(x.shape)
+        texts: list[Tensor | KeysValues]
+        if isinstance(y, EncodedText):
+            texts, keep = list(y.keys_values), y.keep
+        else:
+            texts, keep = [self._embed_text(y, mask, len(x))] * config.depth, keep_mask(mask, len(x))
 
-        x = self.x_embedder(x) + self._spatial(rows, columns).to(dtype).repeat(1, frames, 1)  # [B, N, C]
+        size, dtype, channels = x.shape[2:], self.x_embedder.proj.weight.dtype, config.hidden_size
+        space = spatial_positions(rows, columns, channels, config.space_scale, x.device)
+        position: Tensor | None = temporal_positions(frames, channels, config.time_scale, x.device).to(dtype)
+        x = self.x_embedder(x)  # [B, N, C]
+        x = (x.view(len(x), frames, -1, channels) + space.to(dtype)[:, None]).view(x.shape)
         t_emb = self.t_embedder(timestep)  # [B, C]
         t0 = self.t_block(t_emb)  # [B, 6C]
-        text = self.y_embedder(y.to(dtype)).squeeze(1)  # [B, L, C]
-        keep = keep_mask(mask, y.shape[0])
-        position: Tensor | None = self._temporal(frames).to(dtype)
-        for block in self.blocks:
+        for block, text in zip(self.blocks, texts, strict=True):
             x = block(x, text, t0, keep, frames, position)
             position = None  # only the first block's temporal attention sees it
         x = self.final_layer(x, t_emb)  # [B, N, patch · out_channels]
-        return self._unpatchify(x, frames, rows, columns)[..., :height, :width].float()
+        return unpatchify(x, size, config.patch_size).float()
 
-    def _check_shapes(self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None) -> None:
-        config = self.config
-        if x.ndim != 5 or x.shape[1] != config.in_channels:
-            raise ValueError(f"x must be [B, {config.in_channels}, T, H, W], got {list(x.shape)}")
-        if timestep.shape != x.shape[:1]:
-            raise ValueError(f"timestep must be [{x.shape[0]}], got {list(timestep.shape)}")
-        if y.ndim != 4 or y.shape[:2] != (x.shape[0], 1) or y.shape[3] != config.caption_channels:
-            raise ValueError(f"y must be [{x.shape[0]}, 1, L, {config.caption_channels}], got {list(y.shape)}")
+    def encode_text(self, y: Tensor, mask: Tensor | None = None) -> EncodedText:
+        """Keys and values of text embeddings [B, 1, L, Cc] for every block: work that sampling does once a prompt."""
+        text = self._embed_text(y, mask, len(y))
+        blocks = (block for block in self.blocks if isinstance(block, STDiTBlock))
+        return EncodedText([block.cross_attn.keys_values(text) for block in blocks], keep_mask(mask, len(y)))
+
+    def _embed_text(self, y: Tensor, mask: Tensor | None, batch: int) -> Tensor:
+        """[B, 1, L, Cc] -> [B, L, C]."""
+        if y.ndim != 4 or y.shape[:2] != (batch, 1) or y.shape[3] != self.config.caption_channels:
+            raise ValueError(f"y must be [{batch}, 1, L, {self.config.caption_channels}], got {list(y.shape)}")
         if mask is not None and (mask.ndim != 2 or mask.shape[1] != y.shape[2]):
             raise ValueError(f"mask must be [B, {y.shape[2]}], got {list(mask.shape)}")
+        return self.y_embedder(y).squeeze(1)
 
-    def _unpatchify(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-        """[B, N, pt·ph·pw·c] (c fastest) -> [B, c, T, H, W]."""
-        _, patch_h, patch_w = self.config.patch_size
-        out = self.config.out_channels
-        x = x.view(x.shape[0], frames, rows, columns, patch_h, patch_w, out)
-        x = x.permute(0, 6, 1, 2, 4, 3, 5)  # [B, c, T, H', ph, W', pw]
-        return x.reshape(x.shape[0], out, frames, rows * patch_h, columns * patch_w)
-
-    def _spatial(self, rows: int, columns: int) -> Tensor:
-        if (rows, columns) == self.grid[1:]:
-            return self.pos_embed
-        key = (rows, columns)
-        if key not in self._position_cache:
-            table = spatial_positions(rows, columns, self.config.hidden_size, self.config.space_scale)
-            self._position_cache[key] = table
-        return self._cached(key)
-
-    def _temporal(self, frames: int) -> Tensor:
-        if frames == self.grid[0]:
-            return self.pos_embed_temporal
-        key = (frames,)
-        if key not in self._position_cache:
-            table = temporal_positions(frames, self.config.hidden_size, self.config.time_scale)
-            self._position_cache[key] = table
-        return self._cached(key)
-
-    def _cached(self, key: tuple[int, ...]) -> Tensor:
-        """A cached table on the model's device, moved there once."""
-        device = self.pos_embed.device
-        if self._position_cache[key].device != device:
-            self._position_cache[key] = self._position_cache[key].to(device)
-        return self._position_cache[key]
+    def _check_shapes(self, x: Tensor, timestep: Tensor) -> None:
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels:
+            raise ValueError(f"x must be [B, {self.config.in_channels}, T, H, W], got {list(x.shape)}")
+        if timestep.shape != x.shape[:1]:
+            raise ValueError(f"timestep must be [{x.shape[0]}], got {list(timestep.shape)}")
 
     def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        patch = self.x_embedder.proj.weight
-        nn.init.xavier_uniform_(patch.data.view(patch.shape[0], -1))
-        for part in (self.t_embedder.mlp, self.t_block):
-            for linear in part:
-                if isinstance(linear, nn.Linear):
-                    nn.init.normal_(linear.weight, std=0.02)
+        initialise(self)
+        normal_weights(self.t_block)
         if self.config.caption_init_std is not None:
-            nn.init.normal_(self.y_embedder.y_proj.fc1.weight, std=self.config.caption_init_std)
-            nn.init.normal_(self.y_embedder.y_proj.fc2.weight, std=self.config.caption_init_std)
+            normal_weights(self.y_embedder, self.config.caption_init_std)
         for block in self.modules():
-            if not isinstance(block, STDiTBlock):
-                continue
-            nn.init.zeros_(block.cross_attn.proj.weight)
-            nn.init.zeros_(block.attn_temp.proj.weight)  # a warm start begins as an image model
+            if isinstance(block, STDiTBlock):
+                nn.init.zeros_(block.cross_attn.proj.weight)
+                nn.init.zeros_(block.attn_temp.proj.weight)  # a warm start begins as an image model
         nn.init.zeros_(self.final_layer.linear.weight)

@@ -1,11 +1,13 @@
 """STDiT equals the released model: outputs, intermediates, gradients; and holds its own contracts."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from opensora.models.attention import SelfAttention, TemporalAttention
 from opensora.models.stdit import STDiT, STDiTConfig
 from tests.shared import shared
 
@@ -62,6 +64,8 @@ def test_intermediates_equal_the_released_model(model: STDiT, fixture: dict[str,
         model.blocks[index].register_forward_hook(keep(f"block{index}_out"))
     model.final_layer.register_forward_hook(keep("final_layer"))
     model(*inputs(fixture))
+    for name in ("block0.attn_temp_in_BS_T_C", "block0.attn_temp_out_BS_T_C"):  # ours is [B, T, S, C]
+        seen[name] = seen[name].transpose(1, 2).flatten(0, 1)
     for name, value in seen.items():
         close(value, fixture[f"stage.{name}"])
     assert len(seen) == 14
@@ -127,9 +131,21 @@ def test_position_tables_follow_the_input() -> None:
 
 def test_one_frame_fold_equals_attention() -> None:
     attention = small().blocks[0].attn_temp
-    x = torch.randn(5, 1, 32)
-    doubled = attention(x.repeat(1, 2, 1))[:, :1]  # two equal keys average to the same value
+    x = torch.randn(3, 1, 5, 32)
+    doubled = attention(x.repeat(1, 2, 1, 1))[:, :1]  # two equal keys average to the same value
     close(attention(x), doubled)
+
+
+def test_temporal_attention_is_attention_along_time_at_each_location() -> None:
+    attention, same = TemporalAttention(32, 4), SelfAttention(32, 4)
+    same.load_state_dict(attention.state_dict())
+    x = torch.randn(2, 6, 5, 32, requires_grad=True)
+    expected = same(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 5)).transpose(1, 2)
+    weight = torch.randn(2, 6, 5, 32)
+    close(attention(x), expected)
+    (ours,) = torch.autograd.grad((attention(x) * weight).sum(), x)
+    (theirs,) = torch.autograd.grad((expected * weight).sum(), x)
+    close(ours, theirs)
 
 
 def test_frames_are_independent_when_temporal_attention_is_zero() -> None:
@@ -176,3 +192,54 @@ def test_mask_rows_are_tiled_and_wrong_counts_named() -> None:
     close(model(x, t, y, mask), model(x, t, y, mask.repeat(2, 1)))
     with pytest.raises(ValueError, match="3 rows"):
         model(x, t, y, torch.ones(3, 6))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_encoded_text_gives_the_same_output(masked: bool) -> None:
+    model = small()
+    x, t, y = torch.randn(2, 4, 3, 4, 4), torch.tensor([5.0, 700.0]), torch.randn(2, 1, 6, 16)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]) if masked else None
+    assert torch.equal(model(x, t, model.encode_text(y, mask)), model(x, t, y, mask))
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (3, 5, 7)])
+def test_float32_equals_float64(size: tuple[int, int, int]) -> None:
+    model, exact = small(), small().double()
+    x, y = torch.randn(2, 4, *size), torch.randn(2, 1, 6, 16)
+    outs = []
+    for network in (model, exact):
+        out = network(x, torch.tensor([3.0, 998.5]), y)
+        out.square().mean().backward()
+        outs.append(out)
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-4, rtol=1e-4)
+    for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None, name
+        difference = (ours.grad - theirs.grad).norm()
+        assert difference <= 1e-4 * theirs.grad.norm() + 1e-7, name
+
+
+def test_bf16_stays_near_float32_because_timesteps_do(fixture: dict[str, torch.Tensor], model: STDiT) -> None:
+    """The released model rounded timesteps to bf16, which made nearly all of its error of 0.125."""
+    out = model.bfloat16()(*inputs(fixture))
+    exact = fixture["out_f64run"]
+    assert (out - exact).norm() < 0.02 * exact.norm()
+    assert (fixture["out_bf16run"] - exact).norm() > 0.1 * exact.norm()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++)")
+def test_a_compiled_model_equals_the_eager_one() -> None:
+    model = small(depth=1)
+    compiled = torch.compile(model, fullgraph=True)
+    # Small timesteps: compiled sines of hundreds of radians are rounded in another way.
+    x, t, y = torch.randn(2, 4, 3, 4, 6), torch.tensor([1.0, 20.0]), torch.randn(2, 1, 6, 16)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]])
+    outs, gradients = [], []
+    for network in (model, compiled):
+        model.zero_grad()
+        out = network(x, t, y, mask)
+        out.square().mean().backward()
+        outs.append(out.detach())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
