@@ -1,4 +1,4 @@
-"""The command line: one verb a step, and `run`, `generate`, `results`, `config` around them."""
+"""The command line: one verb a step, and `run`, `generate`, `weights`, `results`, `config` around them."""
 
 import json
 import os
@@ -30,6 +30,9 @@ app = typer.Typer(
     help="Raw videos in, a promoted text-to-video model out. The steps, in order: " + " → ".join(ALL_STEPS) + ".",
 )
 
+weights = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at released weights, and import them.")
+app.add_typer(weights, name="weights")
+
 Profile = Annotated[
     str | None, typer.Option("--profile", help="smoke, demo, single_gpu or h800; default: as in params.yaml.")
 ]
@@ -42,6 +45,7 @@ PARAMS = Path("params.yaml")
 INTERRUPTED = 130  # exit code after Ctrl-C
 RESUME = "stopped; start the same command again to resume"
 RUNS = Path("runs")
+TEXT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opensora" / "text"
 
 
 def _config(params: Path, profile: str | None, overrides: list[str] | None, source: str = "") -> Any:
@@ -118,32 +122,127 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="What the video shows; may be repeated.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line, a seed after a tab if wanted.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next one takes the next seed.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: as evaluated.", min=1)] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Size of a released model: 16x256x256, 16x512x512 or 64x512x512.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames; default: as trained.", min=1)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of the VAE's; default: as trained.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of the VAE's; default: as trained.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second; default: the profile's, else as evaluated.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="iddpm, ddim, dpm_solver or rectified_flow; default: as evaluated.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; default: as evaluated, or 100, 50, 20, 30 by sampler.", min=1)
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance scale, 1 turns it off; default: as evaluated.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the mp4 files.")] = Path("outputs"),
-    fps: Annotated[int, typer.Option(help="Frames a second.", min=1)] = 8,
+    guidance_mode: Annotated[
+        str | None, typer.Option(help="v1: three of four channels, as released models were sampled; or full.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Videos at once; more are faster and need more memory.", min=1)] = 1,
+    form: Annotated[str, typer.Option("--format", help="mp4, gif or png (a grid of all frames).")] = "mp4",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default: as trained on a GPU, float32 on a CPU.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Folder of the VAE; default: the checkpoint's.")] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="Folder of the T5; default: the checkpoint's.")] = None,
+    text_cache: Annotated[Path, typer.Option(help="Folder that keeps embedded prompts.")] = TEXT_CACHE,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("outputs"),
     workdir: Workdir = RUNS,
 ) -> None:
-    """Make videos from prompts: mp4 files and a line of JSON each in generated.jsonl."""
-    from opensora.config import ConfigError
+    """Make videos from prompts: a file each, and a line of JSON each in generated.jsonl.
+
+    The same seed gives the same video, whatever else is in the batch. A stopped run goes on with what is missing.
+
+    Examples:
+      opensora generate --checkpoint models:/opensora-demo@champion --prompt "a red circle moving left"
+      opensora generate --checkpoint weights/OpenSora-v1-HQ-16x256x256 --prompts-file prompts/scenes.txt
+    """
+    from opensora.config import ConfigError, one_of
+    from opensora.generate import RELEASED_SIZES, Pipeline, choose_sampling, choose_size, read_prompts
     from opensora.generate import generate as make
-    from opensora.generate import read_prompts
+    from opensora.training.checkpoint import describe_checkpoint
 
     pairs = [(text, seed + index) for index, text in enumerate(prompt or [])]
     if prompts_file:
         pairs += read_prompts(prompts_file, seed + len(pairs))
     if not pairs:
-        raise ConfigError("no prompt; give --prompt TEXT or --prompts-file FILE")
+        raise ConfigError("no prompt; give --prompt TEXT or --prompts-file FILE, as prompts/scenes.txt")
     folder = Path(checkpoint)
     if checkpoint.startswith("models:/"):
         from opensora.tracking import model_version_path
 
         folder = model_version_path(checkpoint, workdir)
+    described = describe_checkpoint(folder)
+    changes = choose_size(described.train, described.info["vae_scale"], profile, frames, height, width)
+    described = described.changed(changes)
+    mode = one_of("--guidance-mode", guidance_mode, ("v1", "full"))
+    chosen = one_of("--sampler", sampler, ("iddpm", "ddim", "dpm_solver", "rectified_flow"))
+    sampling = choose_sampling(described, chosen, steps, guidance, mode)
+    pipeline = Pipeline(
+        described,
+        dtype=one_of("--dtype", dtype, ("float32", "bfloat16")),
+        vae=vae,
+        text_encoder=text_encoder,
+        text_cache=text_cache,
+    )
+    if fps is None:
+        fps = RELEASED_SIZES[profile][1] if profile else described.config.evaluate.fps
     texts, seeds = [text for text, _ in pairs], [number for _, number in pairs]
-    for path in make(folder, texts, seeds, out, steps=steps, guidance=guidance, fps=fps):
+    kind = one_of("--format", form, ("mp4", "gif", "png"))
+    for path in make(pipeline, texts, seeds, out, sampling, fps=fps, batch_size=batch_size, form=kind):
         print(path)
+
+
+@weights.command("inspect")
+def weights_inspect(
+    file: Annotated[Path, typer.Argument(help="A .pth, .pt, .bin or .safetensors file, or a diffusers folder.")],
+) -> None:
+    """Say of which model a released file is, its shape and size, and whether it can be imported.
+
+    Example: opensora weights inspect weights/OpenSora-v1-HQ-16x256x256.pth
+    """
+    from opensora.import_weights import inspect
+
+    print(inspect(file))
+
+
+@weights.command("import")
+def weights_import(
+    file: Annotated[Path, typer.Argument(help="A .pth, .pt, .bin or .safetensors file, or a diffusers folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint; default: the file's name beside it.")
+    ] = None,
+    allow_missing: Annotated[
+        list[str] | None, typer.Option(help="Tensors that need not fit, as in 'blocks.*.attn_temp.*'; may be repeated.")
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(help="Values that the file does not tell are those of this profile.")
+    ] = "h800",
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Make a checkpoint of released weights (PixArt-α, Open-Sora 1.0), for generate and as init_from of a stage.
+
+    Only tensors are read, never code. Everything in the file must fit, or is named.
+
+    Example: opensora weights import weights/OpenSora-v1-HQ-16x256x256.pth
+    """
+    from opensora.config import load_config, parse_overrides
+    from opensora.import_weights import import_weights, summarise
+
+    base, changes = load_config(params, profile), parse_overrides(tuple(overrides or ()))
+    target = out or (file.with_suffix("") if file.suffix else file.with_name(f"{file.name}-imported"))
+    folder, report, config, stage = import_weights(file, target, base, changes, tuple(allow_missing or ()))
+    train = getattr(config, stage)
+    print(f"{len(report.loaded)} tensors mapped, {len(report.initial)} new, {len(report.ignored)} left out")
+    for title, names in (("new, with initial values", report.initial), ("left out", report.ignored)):
+        if names:
+            print(f"{title}: {summarise(names)}")
+    print(f"{train.frames}x{train.height}x{train.width}, trained with {train.objective} → {folder}")
+    print(f"next: opensora generate --checkpoint {target} --prompts-file prompts/scenes.txt")
 
 
 @app.command()

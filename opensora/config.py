@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,7 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Sampler = Literal["iddpm", "ddim", "dpm_solver", "rectified_flow"]
 
 
 class UserError(RuntimeError):
@@ -169,9 +170,14 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """Generate fixed prompts with every stage and measure."""
 
-    prompts: tuple[str, ...] = Field((), description="prompts; empty: all of the embedded world's")
+    prompts: tuple[str, ...] = Field((), description="prompts; with none here or in the file all of the embedded world")
+    prompts_file: str = Field("", description="file with a prompt a line, after those of `prompts`")
+    sampler: Sampler | None = Field(None, description="null: the one of the training's objective")
     steps: Positive = Field(30, description="sampling steps")
     guidance: PositiveFloat = Field(4.0, description="classifier-free guidance scale")
+    guidance_mode: Literal["v1", "full"] | None = Field(
+        None, description="v1 guides three of four channels as released models do; null: v1 for iddpm and ddim"
+    )
     batch_size: Positive = Field(16, description="videos at once")
     fps: Positive = Field(8, description="frames a second of the samples")
     processes: Positive = Field(1, description="processes that share the prompts")
@@ -263,9 +269,7 @@ def load_config(path: Path, profile: str | None = None, overrides: tuple[str, ..
         raise ConfigError(f"unknown profile {profile!r}{nearest(profile, PROFILES)}; one of {', '.join(PROFILES)}")
     if profile not in document:
         raise ConfigError(f"{path} has no section for the profile {profile!r}")
-    values = merge(document["base"], document[profile])
-    for text in overrides:
-        values = merge(values, parse_override(text))
+    values = merge(merge(document["base"], document[profile]), parse_overrides(overrides))
     return build_config({"profile": profile, **values})
 
 
@@ -286,6 +290,14 @@ def merge(base: dict, over: dict | None) -> dict:
     return result
 
 
+def parse_overrides(texts: tuple[str, ...]) -> dict:
+    """The values of several `section.key=value` texts; the last one wins."""
+    values: dict = {}
+    for text in texts:
+        values = merge(values, parse_override(text))
+    return values
+
+
 def parse_override(text: str) -> dict:
     """`train_video.lr=2e-5` -> {"train_video": {"lr": 2e-5}}."""
     name, sign, value = text.partition("=")
@@ -301,6 +313,13 @@ def parse_override(text: str) -> dict:
     for part in reversed(name.split(".")):
         parsed = {part: parsed}
     return parsed
+
+
+def one_of(option: str, value: Any, known: tuple[str, ...]) -> Any:
+    """`value`, if it is None or known; raises ConfigError otherwise."""
+    if value is not None and value not in known:
+        raise ConfigError(f"{option} {value!r}{nearest(value, known)}: one of {', '.join(known)} was expected")
+    return value
 
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:

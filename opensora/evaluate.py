@@ -38,6 +38,11 @@ class Task:
     config: EvaluateConfig
 
     @property
+    def texts(self) -> Path:
+        """Where the embedded prompts lie."""
+        return self.folder / "parts" / "text"
+
+    @property
     def result(self) -> Path:
         """Written last: the task is done when it is there."""
         return self.folder / "parts" / f"{self.stage}-{self.first:04d}.json"
@@ -65,12 +70,12 @@ def run(
     """
     checkpoints = {name: newest_checkpoint(folder / "checkpoints") for name, folder in stages.items()}
     hashes = {name: read_info(path)["sha256"] for name, path in checkpoints.items()}
-    folder = StepFolder(output, fingerprint(config.evaluate.model_dump(), hashes, dict(extra)))
+    prompts = evaluation_prompts(config.evaluate)
+    folder = StepFolder(output, fingerprint(config.evaluate.model_dump(), prompts, hashes, dict(extra)))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
     (work / "parts").mkdir(exist_ok=True)
-    prompts = list(config.evaluate.prompts) or [scene.caption for scene in all_scenes()]
     with Tracker.start(
         root, config.profile, "evaluate", {"evaluate": config.evaluate.model_dump()}, {}, work
     ) as tracker:
@@ -92,10 +97,22 @@ def run(
     return folder.finish(Report("evaluate", total=count, kept=count, metrics=numbers))
 
 
+def evaluation_prompts(config: EvaluateConfig) -> list[str]:
+    """The prompts of the configuration and of its file, or all of the embedded world; raises ConfigError."""
+    from opensora.generate import read_prompts
+
+    prompts = list(config.prompts)
+    if config.prompts_file:
+        prompts += [text for text, _ in read_prompts(Path(config.prompts_file), 0)]
+    return prompts or [scene.caption for scene in all_scenes()]
+
+
 def _generate(
     config: EvaluateConfig, checkpoints: Mapping[str, Path], prompts: list[str], work: Path
 ) -> dict[str, list[dict]]:
     """Results by stage, in the prompts' order; a stopped run goes on with the parts that are missing."""
+    from opensora.generate import Pipeline
+
     size = config.batch_size
     tasks = [
         Task(stage, path, prompts[start : start + size], start, work, config)
@@ -103,6 +120,9 @@ def _generate(
         for start in range(0, len(prompts), size)
     ]
     left = [task for task in tasks if not task.result.is_file()]
+    for task in {task.checkpoint: task for task in left}.values():
+        # Once and here: the text encoder can be larger than all else, and each worker would load it.
+        Pipeline.load(task.checkpoint, task.texts).embed(prompts)
     outcomes = run_tasks(evaluate_part, left, config.processes, TIMEOUT_S)
     for outcome in track(outcomes, len(left), "generating (batches)"):
         if outcome.failure:
@@ -120,15 +140,18 @@ def evaluate_part(task: Task) -> int:
     """Generate the task's prompts, write the samples, and leave their measures in `task.result`."""
     import torch
 
-    from opensora.generate import Pipeline
+    from opensora.generate import Pipeline, choose_sampling
 
     torch.set_num_threads(1)
     if task.checkpoint not in _PIPELINES:
-        _PIPELINES[task.checkpoint] = Pipeline.load(task.checkpoint)
+        _PIPELINES[task.checkpoint] = Pipeline.load(task.checkpoint, task.texts)
     pipeline = _PIPELINES[task.checkpoint]
     assert isinstance(pipeline, Pipeline)
     seeds = [task.config.seed + task.first + place for place in range(len(task.prompts))]
-    videos = pipeline.sample(task.prompts, seeds, task.config.steps, task.config.guidance)
+    how = task.config
+    sampler = how.sampler or pipeline.checkpoint.train.objective
+    sampling = choose_sampling(pipeline.checkpoint, sampler, how.steps, how.guidance, how.guidance_mode)
+    videos = pipeline.sample(pipeline.embed(task.prompts), seeds, sampling)
     samples = task.folder / "samples" / task.stage
     samples.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -1,7 +1,10 @@
 """Where pretrained weights come from: a local folder first, a hub only when allowed; loading is strict."""
 
-from collections.abc import Mapping
-from fnmatch import fnmatch
+import errno
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,18 +20,18 @@ class WeightsError(UserError):
 
 
 def find_weights(name: str, weights_dir: Path, offline: bool) -> Path:
-    """The folder of the model `name`: a path, a folder below `weights_dir`, or a hub id when not offline.
+    """The folder or file of the model `name`: a path, a path below `weights_dir`, or a hub id when not offline.
 
     Raises:
         WeightsError: it is nowhere; the message says where it was looked for.
     """
-    for folder in (Path(name), weights_dir / name):
-        if folder.is_dir():
-            return folder
+    for place in (Path(name), weights_dir / name):
+        if place.exists():
+            return place
     if offline:
         raise WeightsError(
-            f"no weights {name!r}: neither {Path(name)} nor {weights_dir / name} is a folder; put the model there, "
-            "or allow downloads with --set offline=false and a hub id as the name"
+            f"no weights {name!r}: neither {Path(name)} nor {weights_dir / name} is a folder or file; "
+            "put the model there, or allow downloads with --set offline=false and a hub id as the name"
         )
     from huggingface_hub import snapshot_download
 
@@ -43,51 +46,95 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     Raises:
         WeightsError: no such file, another hash than recorded, damaged, or not a mapping of tensors.
     """
-    from pickle import UnpicklingError
-
-    import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}")
     side = path.with_name(path.name + ".sha256")
     if side.is_file():
-        expected, found = side.read_text().split()[0], sha256(path.read_bytes()).hexdigest()
+        expected, found = side.read_text().split()[0], hash_file(path)
         if expected != found:
             raise WeightsError(f"{path} has sha256 {found}, expected {expected}; download it again")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(f"{path} is damaged, or holds more than tensors: {reason}") from error
+        content = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except Exception as error:  # a damaged pickle can fail in any way
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))  # PyTorch's whole text advises to trust the file
+        reason = f" ({match[1]})" if match else ""
+        raise WeightsError(f"{path} is damaged, or holds more than tensors{reason}; nothing in it was run") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, expected a mapping of tensors")
     return content
 
 
-def load_strict(module: "nn.Module", state: "Mapping[str, Tensor]", allow_missing: tuple[str, ...] = ()) -> None:
+def _read_pickle(path: Path) -> object:
+    """A PyTorch file, tensors alone, not copied into memory where the file's form allows it."""
+    from zipfile import is_zipfile
+
+    import torch
+
+    # Only the form that PyTorch has written since 1.6, a zip archive, can be mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a file; all of them are names."""
+
+    loaded: list[str]
+    initial: list[str]  # of the model, not in the file: kept their initial values
+    ignored: list[str]  # of the file, not taken
+
+
+def load_strict(
+    module: "nn.Module",
+    state: "Mapping[str, Tensor]",
+    allow_missing: Sequence[str] = (),
+    *,
+    computed: Sequence[str] = (),
+) -> LoadReport:
     """Load `state` into `module`; everything must fit.
 
     Args:
-        allow_missing: patterns (as in `blocks.*.attn_temp.*`) of names that the state may lack.
+        allow_missing: patterns (as in `blocks.*.attn_temp.*`) of names that may be missing, unexpected or mis-shaped.
+        computed: names of buffers that the module computes itself; they are neither needed nor taken.
 
     Raises:
         WeightsError: names every tensor that is missing, unexpected or mis-shaped.
     """
-    own = module.state_dict()
-    missing = [
-        name for name in own if name not in state and not any(fnmatch(name, pattern) for pattern in allow_missing)
-    ]
-    wrong = [f"missing {name}" for name in missing]
-    wrong += [f"unexpected {name}" for name in state if name not in own]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+    own = {name: value for name, value in module.state_dict().items() if name not in computed}
+    state = {name: value for name, value in state.items() if name not in computed}
+    fitting = {name for name in own if name in state and state[name].shape == own[name].shape}
+    problems = {name: f"missing {name}" for name in own if name not in state}
+    problems |= {name: f"unexpected {name}" for name in state if name not in own}
+    problems |= {
+        name: f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
         for name in own
-        if name in state and state[name].shape != own[name].shape
+        if name in state and name not in fitting
+    }
+    wrong = [
+        text for name, text in problems.items() if not any(fnmatchcase(name, pattern) for pattern in allow_missing)
     ]
     if wrong:
         raise WeightsError(f"the weights do not fit: {'; '.join(wrong)}")
-    module.load_state_dict({**own, **state})
+    module.load_state_dict({name: state[name] for name in fitting}, strict=False, assign=_is_meta(module))
+    return LoadReport(
+        loaded=[name for name in own if name in fitting],
+        initial=[name for name in own if name not in fitting],
+        ignored=[name for name in state if name not in fitting],
+    )
+
+
+def _is_meta(module: "nn.Module") -> bool:
+    """Whether the module was built without memory: then it takes the tensors over instead of copying them."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content."""
+    digest = sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

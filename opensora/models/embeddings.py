@@ -102,7 +102,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        hidden = self.fc1(x)
+        if torch.is_grad_enabled():
+            return self.fc2(F.gelu(hidden, approximate="tanh"))
+        # The hidden layer is the largest tensor of the model; without gradients nobody needs it a second time.
+        return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))
 
 
 class CaptionEmbedder(nn.Module):

@@ -109,16 +109,18 @@ class STDiTBlock(nn.Module):
         table = self.scale_shift_table[None] + t0.view(batch, 6, channels)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=1)  # each [B, 1, C]
 
-        within = modulate(self.norm1(x), shift1, scale1).view(batch * frames, space, channels)
-        x = x + gate1 * self.attn(within).view(batch, tokens, channels)
+        within, along = (batch * frames, space, channels), (batch, frames, space, channels)
 
-        along = x.view(batch, frames, space, channels)
-        if temporal_position is not None:
-            along = along + temporal_position[:, :, None]
-        x = x + gate1 * self.attn_temp(along).view(batch, tokens, channels)
-
+        # No name holds an intermediate: without gradients each is freed as soon as it was used.
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1).view(within)).view(x.shape)
+        x = x + gate1 * self.attn_temp(_add_position(x.view(along), temporal_position)).view(x.shape)
         x = x + self.cross_attn(x, text, keep)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+def _add_position(x: Tensor, position: Tensor | None) -> Tensor:
+    """x [B, T, S, C], position [1, T, C] or None."""
+    return x if position is None else x + position[:, :, None]
 
 
 class FinalLayer(nn.Module):

@@ -4,9 +4,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +16,12 @@ from torch import Tensor
 from opensora.config import Config, TrainConfig, UserError, build_config
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.step import fingerprint, write_json
+from opensora.weights import WeightsError, hash_file, load_strict
 
 VERSION = 1
 INFO = "checkpoint.json"
+MODEL, EMA = "model.safetensors", "ema.safetensors"
+POSITIONS = ("pos_embed", "pos_embed_temporal")  # the model's own, as they follow its size
 PREFIX = "step-"
 DAMAGED = "damaged-"
 log = logging.getLogger(__name__)
@@ -31,20 +33,39 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint loaded for use."""
+    """A checkpoint's folder and what it says of itself."""
 
-    model: STDiT
+    folder: Path
     config: Config
     stage: str
     step: int
     sha256: str
-    vae: Path
-    text_encoder: Path
+    info: dict
 
     @property
     def train(self) -> TrainConfig:
         """The configuration of the stage that made it."""
         return getattr(self.config, self.stage)
+
+    @property
+    def model_config(self) -> STDiTConfig:
+        """The network."""
+        return stdit_config(self.config, self.stage, self.info["vae_scale"])
+
+    def changed(self, fields: Mapping[str, object]) -> "Checkpoint":
+        """The same weights for another configuration of the stage, as in more frames."""
+        train = TrainConfig.model_validate(self.train.model_dump() | dict(fields))
+        return replace(self, config=self.config.model_copy(update={self.stage: train}))
+
+    @property
+    def vae(self) -> Path:
+        """Folder of the VAE; raises CheckpointError where it is missing."""
+        return locate(self.info["vae"], self.folder)
+
+    @property
+    def text_encoder(self) -> Path:
+        """Folder of the text encoder; raises CheckpointError where it is missing."""
+        return locate(self.info["text_encoder"], self.folder)
 
 
 def stdit_config(config: Config, stage: str, vae_scale: int) -> STDiTConfig:
@@ -58,34 +79,31 @@ def stdit_config(config: Config, stage: str, vae_scale: int) -> STDiTConfig:
     )
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file's content."""
-    digest = sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def save_checkpoint(
     folder: Path,
     *,
     step: int,
-    model: dict[str, Tensor],
-    ema: dict[str, Tensor],
-    rng: list[Tensor],
-    save_optimizer: Callable[[Path], None],
+    model: Mapping[str, Tensor],
     info: dict[str, object],
+    ema: Mapping[str, Tensor] | None = None,
+    rng: list[Tensor] | None = None,
+    save_optimizer: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `folder/step-N` under a temporary name, fsync, rename; returns its path. For rank 0."""
+    """Write `folder/step-N` under a temporary name, fsync, rename; returns its path. For rank 0.
+
+    Averages, random states and optimizer are what a resumed training needs; imported weights have none.
+    """
     final = folder / f"{PREFIX}{step:08d}"
     part = folder / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in model.items()}, part / "model.safetensors")
-    save_file({name: value.contiguous() for name, value in ema.items()}, part / "ema.safetensors")
-    save_optimizer(part / "optimizer.pt")
-    torch.save(rng, part / "rng.pt")
+    save_file({name: value.contiguous() for name, value in model.items()}, part / MODEL)
+    if ema is not None:
+        save_file({name: value.contiguous() for name, value in ema.items()}, part / EMA)
+    if save_optimizer is not None:
+        save_optimizer(part / "optimizer.pt")
+    if rng is not None:
+        torch.save(rng, part / "rng.pt")
     files = {path.name: hash_file(path) for path in sorted(part.iterdir())}
     write_json(part / INFO, {"version": VERSION, "step": step, "files": files, "sha256": fingerprint(files), **info})
     for path in [*part.iterdir(), part]:
@@ -156,47 +174,51 @@ def locate(name: str, near: Path) -> Path:
     for parent in (Path("/"), *near.resolve().parents):
         if (parent / name).is_dir() and (parent != Path("/") or Path(name).is_absolute()):
             return parent / name
-    raise CheckpointError(f"{near} needs {name}, which is in none of the folders above it")
+    raise CheckpointError(
+        f"{near} needs {name}, which is in none of the folders above it; "
+        "put it there, or name another folder by --vae or --text-encoder"
+    )
 
 
 def load_weights(model: STDiT, folder: Path, weights: Literal["ema", "model"]) -> None:
-    """Load a checkpoint's weights; position tables are the model's own, as they follow its size.
+    """Load a checkpoint's weights, the average's where it has one; position tables stay the model's own.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or mis-shaped; all of them are named.
     """
-    state = load_file(folder / "model.safetensors")
-    if weights == "ema":
-        state |= load_file(folder / "ema.safetensors")
-    own = model.state_dict()
-    positions = {name for name in own if name.startswith("pos_embed")}
-    wrong = [f"missing {name}" for name in own if name not in state and name not in positions]
-    wrong += [f"unexpected {name}" for name in state if name not in own]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in own
-        if name in state and name not in positions and state[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{folder} does not fit the model: {'; '.join(wrong)}")
-    model.load_state_dict({name: state[name] if name not in positions else own[name] for name in own})
+    state = load_file(folder / MODEL)
+    if weights == "ema" and (folder / EMA).is_file():
+        state |= load_file(folder / EMA)
+    try:
+        load_strict(model, state, computed=POSITIONS)
+    except WeightsError as error:
+        raise CheckpointError(f"{folder} does not fit the model: {error}") from None
 
 
-def load_checkpoint(folder: Path, weights: Literal["ema", "model"] = "ema") -> Checkpoint:
-    """A checkpoint ready for sampling, its hashes verified.
+def describe_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint's description, its files' hashes verified and its weights not loaded yet.
 
     Args:
         folder: a `step-N` folder, or one that holds `step-N` folders or `checkpoints/` (the newest is taken).
 
     Raises:
-        CheckpointError: see `read_info` and `load_weights`.
+        CheckpointError: see `read_info`.
     """
     folder = Path(folder)
     if not (folder / INFO).is_file():
         folder = newest_checkpoint(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
     info = read_info(folder)
-    config = build_config(info["config"])
-    model = STDiT(stdit_config(config, info["stage"], info["vae_scale"])).eval()
-    load_weights(model, folder, weights)
-    vae, text = locate(info["vae"], folder), locate(info["text_encoder"], folder)
-    return Checkpoint(model, config, info["stage"], info["step"], info["sha256"], vae, text)
+    return Checkpoint(folder, build_config(info["config"]), info["stage"], info["step"], info["sha256"], info)
+
+
+def load_checkpoint(described: Checkpoint | Path, weights: Literal["ema", "model"] = "ema") -> STDiT:
+    """The model of a checkpoint, ready for sampling.
+
+    Raises:
+        CheckpointError: see `describe_checkpoint` and `load_weights`.
+    """
+    checkpoint = described if isinstance(described, Checkpoint) else describe_checkpoint(described)
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        model = STDiT(checkpoint.model_config)
+    load_weights(model, checkpoint.folder, weights)
+    return model.eval()

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 from opensora.config import TRAIN_STEPS, Config, TrainConfig, UserError, build_config
 from opensora.manifest import kept_clips, read_manifest
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.weights import find_weights
 
 if TYPE_CHECKING:
     from opensora.models.stdit import STDiT
 
 JOB = "job.json"
 RESULT = "result.json"
+log = logging.getLogger(__name__)
 STOPPED = "stopped.json"  # the signal that stopped the processes, after their checkpoint
 
 
@@ -152,17 +154,18 @@ def build_model(config: Config, stage: str, latent_height: int, previous: Path |
     """The stage's STDiT with the weights it starts from: the stage before, `init_from`, or new ones."""
     import torch
 
+    from opensora.models.checkpoints import load_released, read_released
     from opensora.models.stdit import STDiT
     from opensora.training.checkpoint import load_weights, newest_checkpoint, stdit_config
 
     train: TrainConfig = getattr(config, stage)
     torch.manual_seed(train.seed)
     model = STDiT(stdit_config(config, stage, train.height // latent_height))
-    if train.objective != "rectified_flow":
-        raise UserError(f"{stage}.objective: {train.objective} is not part of this version; set it to rectified_flow")
     if train.init_from:
-        raise UserError(f"{stage}.init_from: importing released weights is not part of this version; set it to ''")
-    if previous:
+        path = find_weights(train.init_from, Path(config.weights_dir), config.offline)
+        report = load_released(model, read_released(path))
+        log.info("%s: %d tensors from %s, %d new", stage, len(report.loaded), path, len(report.initial))
+    elif previous:
         load_weights(model, newest_checkpoint(previous / "checkpoints"), "ema")
     return model
 

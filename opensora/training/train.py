@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora.config import TrainConfig, UserError
 from opensora.data.dataset import LatentDataset, batches, draw_seed
+from opensora.diffusion.iddpm import IDDPM
 from opensora.diffusion.rectified_flow import RectifiedFlow
 from opensora.models.stdit import STDiT
 from opensora.parallel.engine import Engine
@@ -78,6 +79,15 @@ def build_optimizer(model: STDiT, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
+def build_objective(config: TrainConfig) -> IDDPM | RectifiedFlow:
+    """The process that the stage is trained with."""
+    match config.objective:
+        case "iddpm":
+            return IDDPM()
+        case "rectified_flow":
+            return RectifiedFlow(shift=config.shift)
+
+
 @dataclass
 class Trainer:
     """One stage in training. `folder` receives checkpoints/ and losses.jsonl; `info` goes into each checkpoint."""
@@ -105,7 +115,7 @@ class Trainer:
         optimizer = build_optimizer(self.model, config)
         self.ema = Ema(self.model, config.ema_decay)
         self.forward = engine.prepare(self.model, optimizer)
-        flow = RectifiedFlow(shift=config.shift)
+        objective = build_objective(config)
         start = self._resume()
         stream = batches(self.data, config.batch_size, config.seed, engine.rank, engine.world_size, start)
         meter = Meter(config.steps, self._tokens())
@@ -119,7 +129,7 @@ class Trainer:
                 batch = next(stream)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, step)
-                loss = self._loss(flow, batch, step)
+                loss = self._loss(objective, batch, step)
                 engine.backward(loss)
                 value = float(loss.detach())
                 norm = engine.gradient_norm(config.clip_norm)
@@ -151,21 +161,21 @@ class Trainer:
         return metrics
 
     def _tokens(self) -> int:
-        frames, rows, columns = self.model.grid
+        frames, rows, columns = self.model.config.grid
         return frames * rows * columns
 
-    def _loss(self, flow: RectifiedFlow, batch: dict, step: int) -> Tensor:
+    def _loss(self, objective: IDDPM | RectifiedFlow, batch: dict, step: int) -> Tensor:
         # The caption drop inside the model draws from the global generator.
         torch.manual_seed(draw_seed(self.config.seed, step, self.engine.rank))
         device = self.engine.device
         x0 = batch["latent"].to(device)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["noise_seed"]]
-        t = torch.cat([flow.sample_timesteps(1, generator) for generator in generators]).to(device)
+        t = torch.cat([objective.sample_timesteps(1, generator) for generator in generators]).to(device)
         noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(device)
         text, mask = batch["text"].unsqueeze(1).to(device), batch["mask"].to(device)
         low = self.config.dtype == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
-            return flow.training_losses(self.forward, x0, t, noise, text, mask)["loss"].mean()
+            return objective.training_losses(self.forward, x0, t, noise, text, mask)["loss"].mean()
 
     def _resume(self) -> int:
         """Load the newest undamaged checkpoint; returns its step, 0 without one."""

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout of its own whose default profile is `smoke`, after one `dvc repro`."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("opensora", ".dvc"):
+    for name in ("opensora", ".dvc", "prompts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "cache", "tmp"))
     for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder)
