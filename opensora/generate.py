@@ -69,6 +69,11 @@ def choose_sampling(
         raise ConfigError(f"{chosen} does not sample a model trained with {objective}; choose {' or '.join(fitting)}")
     if chosen == "iddpm" and not checkpoint.config.model.pred_sigma:
         raise ConfigError("iddpm needs predicted variances, which this model lacks; choose ddim or dpm_solver")
+    most = (
+        1000 if chosen in ("iddpm", "ddim") else None
+    )  # whole timesteps, 0 and 999 among them
+    if steps is not None and most and not 2 <= steps <= most:
+        raise ConfigError(f"--steps {steps}: {chosen} takes 2 to {most}")
     same = chosen == usual
     mode = guidance_mode or (evaluate.guidance_mode if same else None)
     return Sampling(
@@ -140,7 +145,7 @@ class SeededNoise:
         # The start is drawn from the seed itself; a step's seed is mixed from both, so no two share their draws.
         mixed = self.seeds
         if number >= 0:
-            mixed = [int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) for seed in self.seeds]
+            mixed = [int(np.random.SeedSequence((seed % 2**64, number)).generate_state(1)[0]) for seed in self.seeds]
         return torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in mixed])
 
 
@@ -306,7 +311,7 @@ def generate(
             left.append(item)
     if not left:
         return
-    check_memory(_needs(pipeline, sampling, min(batch_size, len(left))), pipeline.device)
+    check_memory(needs(pipeline, sampling, min(batch_size, len(left))), pipeline.device)
     embeddings, masks = pipeline.embed([item["prompt"] for item in left])
     starts = range(0, len(left), batch_size)
     with progress(len(starts) * sampling.steps, "generating (steps)") as advance:
@@ -322,7 +327,8 @@ def generate(
                 yield path
 
 
-def _needs(pipeline: Pipeline, sampling: Sampling, batch_size: int) -> Generation:
+def needs(pipeline: Pipeline, sampling: Sampling, batch_size: int) -> Generation:
+    """What decides the memory that sampling of `batch_size` videos at once takes."""
     checkpoint = pipeline.checkpoint
     return Generation(
         model=checkpoint.model_config,

@@ -179,6 +179,9 @@ def test_samplers_that_do_not_fit_are_refused(checkpoint: Path, iddpm: Path) -> 
         choose_sampling(describe_checkpoint(checkpoint), "iddpm")
     with pytest.raises(ConfigError, match="choose iddpm or ddim or dpm_solver"):
         choose_sampling(describe_checkpoint(iddpm), "rectified_flow")
+    for steps in (1, 1001):
+        with pytest.raises(ConfigError, match=f"--steps {steps}: ddim takes 2 to 1000"):
+            choose_sampling(describe_checkpoint(iddpm), "ddim", steps)
 
 
 def test_any_size(checkpoint: Path, tmp_path: Path) -> None:

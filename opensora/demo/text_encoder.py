@@ -13,11 +13,14 @@ HEADS = 4
 MAX_WORDS = 64  # words a caption
 
 
-def build_text_encoder(folder: Path, words: Iterable[str], seed: int) -> None:
+def build_text_encoder(folder: Path, words: Iterable[str], seed: int, width: int = WIDTH) -> None:
     """Write a T5 encoder and its tokenizer for `words` into `folder`.
 
     Text of other words becomes `<unk>`; every text ends with `</s>`, and case does not matter. The same words and
     seed give the same weights.
+
+    Args:
+        width: channels of an embedding.
     """
     import torch
     from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
@@ -44,7 +47,7 @@ def build_text_encoder(folder: Path, words: Iterable[str], seed: int) -> None:
     )
     config = T5Config(
         vocab_size=len(tokens),
-        d_model=WIDTH,
+        d_model=width,
         d_kv=WIDTH // HEADS,
         d_ff=2 * WIDTH,
         num_layers=LAYERS,

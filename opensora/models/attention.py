@@ -45,16 +45,18 @@ class TemporalAttention(nn.Module):
         """x [B, T, S, C] -> [B, T, S, C]."""
         batch, frames, space, channels = x.shape
         weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        x = x.flatten(1, 2)  # [B, T·S, C]: linear layers add the bias within the product for three dimensions only
         if frames == 1:
             # Softmax over one key is 1, so the result is the projected value, exactly.
-            return self.proj(F.linear(x, weights[2], biases[2]))
+            return self.proj(F.linear(x, weights[2], biases[2])).view(batch, 1, space, channels)
         heads = (batch, frames, space * self.num_heads, channels // self.num_heads)
         q, k, v = (
             F.linear(x, weight, bias).view(heads).transpose(1, 2)  # [B, S·A, T, D]
             for weight, bias in zip(weights, biases, strict=True)
         )
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(batch, frames, space, channels))
+        x = x.transpose(1, 2).reshape(batch, frames * space, channels)
+        return self.proj(x).view(batch, frames, space, channels)
 
 
 class CrossAttention(nn.Module):

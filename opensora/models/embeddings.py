@@ -66,7 +66,8 @@ class PatchEmbedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, patch_h, patch_w = self.proj.kernel_size
         x = F.pad(x.to(self.proj.weight.dtype), (0, -x.shape[4] % patch_w, 0, -x.shape[3] % patch_h))
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # The residual stream inherits this layout: laid out by channel, every norm and product would copy it.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpatchify(x: Tensor, size: Sequence[int], patch: tuple[int, int, int]) -> Tensor:

@@ -201,10 +201,18 @@ class STDiT(nn.Module):
         return unpatchify(x, size, config.patch_size).float()
 
     def encode_text(self, y: Tensor, mask: Tensor | None = None) -> EncodedText:
-        """Keys and values of text embeddings [B, 1, L, Cc] for every block: work that sampling does once a prompt."""
-        text = self._embed_text(y, mask, len(y))
+        """Keys and values of text embeddings [B, 1, L, Cc] for every block: work that sampling does once a prompt.
+
+        Tokens that no row of `mask` [B, L] attends to are left out, and the mask too where nothing is left to mask.
+        """
+        keep = keep_mask(mask, len(y))
+        if keep is not None:
+            used = keep.flatten(1).any(0)  # [L]
+            y, keep = y[:, :, used], keep[..., used]
+            keep = None if keep.all() else keep
+        text = self._embed_text(y, None, len(y))
         blocks = (block for block in self.blocks if isinstance(block, STDiTBlock))
-        return EncodedText([block.cross_attn.keys_values(text) for block in blocks], keep_mask(mask, len(y)))
+        return EncodedText([block.cross_attn.keys_values(text) for block in blocks], keep)
 
     def _embed_text(self, y: Tensor, mask: Tensor | None, batch: int) -> Tensor:
         """[B, 1, L, Cc] -> [B, L, C]."""

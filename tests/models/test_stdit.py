@@ -194,12 +194,25 @@ def test_mask_rows_are_tiled_and_wrong_counts_named() -> None:
         model(x, t, y, torch.ones(3, 6))
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_encoded_text_gives_the_same_output(masked: bool) -> None:
+@pytest.mark.parametrize(
+    ("mask", "tokens", "masked"),
+    [
+        (None, 6, False),
+        ([[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]], 4, True),
+        ([[1, 0, 1, 0, 0, 0]], 2, False),
+        ([[1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]], 6, True),
+    ],
+)
+def test_encoded_text_gives_the_same_output_from_the_tokens_in_use(
+    mask: list[list[int]] | None, tokens: int, masked: bool
+) -> None:
     model = small()
     x, t, y = torch.randn(2, 4, 3, 4, 4), torch.tensor([5.0, 700.0]), torch.randn(2, 1, 6, 16)
-    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0]]) if masked else None
-    assert torch.equal(model(x, t, model.encode_text(y, mask)), model(x, t, y, mask))
+    rows = None if mask is None else torch.tensor(mask)
+    encoded = model.encode_text(y, rows)
+    assert encoded.keys_values[0][0].shape[2] == tokens
+    assert (encoded.keep is not None) == masked
+    close(model(x, t, encoded), model(x, t, y, rows))
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (3, 5, 7)])

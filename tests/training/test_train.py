@@ -235,3 +235,29 @@ def test_a_job_without_long_enough_clips_is_refused(encoded: Path, tmp_path: Pat
         train(config("train_video.frames=16"), encoded, tmp_path)
     assert (tmp_path / "smoke" / ".partial" / "train_video" / JOB).exists()
     assert callable(train_in_process)
+
+
+def test_a_stage_trains_with_iddpm_and_resumes_exactly(encoded: Path, tmp_path: Path) -> None:
+    values = config("train_video.objective=iddpm", "model.pred_sigma=true", "train_video.checkpoint_every=1")
+    whole = train(values, encoded, tmp_path / "whole")
+    recorded = [loss for _, loss in losses(whole)]
+    assert len(recorded) == STEPS
+    assert all(0.5 < loss < 30 for loss in recorded)  # a new model predicts no noise: mse about 1, and the bound
+    process, work = start(values, encoded, tmp_path / "stopped")
+    wait_for_step(work, 2)
+    process.kill()
+    process.wait()
+    same(whole, train(values, encoded, tmp_path / "stopped"))
+
+
+def test_a_stage_starts_from_a_released_file(encoded: Path, tmp_path: Path) -> None:
+    from opensora.models.stdit import STDiT
+    from opensora.training.checkpoint import stdit_config
+
+    torch.manual_seed(5)
+    state = STDiT(stdit_config(config(), "train_video", 4)).state_dict()
+    torch.save({"ema": state}, tmp_path / "released.pth")
+    values = config(f"train_video.init_from={tmp_path / 'released.pth'}", "train_video.steps=1", "train_video.lr=1e-9")
+    made = final_weights(train(values, encoded, tmp_path / "run"))
+    for name, value in state.items():
+        torch.testing.assert_close(made[name], value, atol=1e-6, rtol=0)
