@@ -148,7 +148,9 @@ def generate(
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="Folder of the VAE; default: the checkpoint's.")] = None,
     text_encoder: Annotated[Path | None, typer.Option(help="Folder of the T5; default: the checkpoint's.")] = None,
-    text_cache: Annotated[Path, typer.Option(help="Folder that keeps embedded prompts.")] = TEXT_CACHE,
+    text_cache: Annotated[
+        Path, typer.Option(help="Folder that keeps embedded prompts.", show_default="~/.cache/opensora/text")
+    ] = TEXT_CACHE,
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("outputs"),
     workdir: Workdir = RUNS,
 ) -> None:
@@ -156,9 +158,9 @@ def generate(
 
     The same seed gives the same video, whatever else is in the batch. A stopped run goes on with what is missing.
 
-    Examples:
-      opensora generate --checkpoint models:/opensora-demo@champion --prompt "a red circle moving left"
-      opensora generate --checkpoint weights/OpenSora-v1-HQ-16x256x256 --prompts-file prompts/scenes.txt
+    \b
+    opensora generate --checkpoint models:/opensora-demo@champion --prompt "a red circle moving left"
+    opensora generate --checkpoint weights/OpenSora-v1-HQ-16x256x256 --prompts-file prompts/scenes.txt
     """
     from opensora.config import ConfigError, one_of
     from opensora.generate import RELEASED_SIZES, Pipeline, choose_sampling, choose_size, read_prompts
@@ -202,7 +204,8 @@ def weights_inspect(
 ) -> None:
     """Say of which model a released file is, its shape and size, and whether it can be imported.
 
-    Example: opensora weights inspect weights/OpenSora-v1-HQ-16x256x256.pth
+    \b
+    opensora weights inspect weights/OpenSora-v1-HQ-16x256x256.pth
     """
     from opensora.import_weights import inspect
 
@@ -228,12 +231,14 @@ def weights_import(
 
     Only tensors are read, never code. Everything in the file must fit, or is named.
 
-    Example: opensora weights import weights/OpenSora-v1-HQ-16x256x256.pth
+    \b
+    opensora weights import weights/OpenSora-v1-HQ-16x256x256.pth
     """
     from opensora.config import load_config, parse_overrides
     from opensora.import_weights import import_weights, summarise
 
     base, changes = load_config(params, profile), parse_overrides(tuple(overrides or ()))
+    print(f"reading {file}", file=sys.stderr)
     target = out or (file.with_suffix("") if file.suffix else file.with_name(f"{file.name}-imported"))
     folder, report, config, stage = import_weights(file, target, base, changes, tuple(allow_missing or ()))
     train = getattr(config, stage)

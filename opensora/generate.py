@@ -69,9 +69,7 @@ def choose_sampling(
         raise ConfigError(f"{chosen} does not sample a model trained with {objective}; choose {' or '.join(fitting)}")
     if chosen == "iddpm" and not checkpoint.config.model.pred_sigma:
         raise ConfigError("iddpm needs predicted variances, which this model lacks; choose ddim or dpm_solver")
-    most = (
-        1000 if chosen in ("iddpm", "ddim") else None
-    )  # whole timesteps, 0 and 999 among them
+    most = 1000 if chosen in ("iddpm", "ddim") else None  # whole timesteps, 0 and 999 among them
     if steps is not None and most and not 2 <= steps <= most:
         raise ConfigError(f"--steps {steps}: {chosen} takes 2 to {most}")
     same = chosen == usual
