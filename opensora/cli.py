@@ -93,9 +93,13 @@ def run(
     A stopped run goes on where it was; finished steps whose inputs did not change are not run again.
     """
     from opensora.chain import chain_steps
+    from opensora.config import ConfigError
     from opensora.process import run_child
 
     config = _config(params, profile, overrides, source)
+    prompts = config.evaluate.prompts_file
+    if prompts and not Path(prompts).is_file():  # said now, not after the training
+        raise ConfigError(f"evaluate.prompts_file: no file at {prompts}")
     common = ["--profile", config.profile, "--params", str(params), "--workdir", str(workdir)]
     for text in overrides or []:
         common += ["--set", text]
@@ -243,7 +247,8 @@ def weights_import(
     folder, report, config, stage = import_weights(file, target, base, changes, tuple(allow_missing or ()))
     train = getattr(config, stage)
     print(f"{len(report.loaded)} tensors mapped, {len(report.initial)} new, {len(report.ignored)} left out")
-    for title, names in (("new, with initial values", report.initial), ("left out", report.ignored)):
+    lists = {"mapped": report.loaded, "new, with initial values": report.initial, "left out": report.ignored}
+    for title, names in lists.items():
         if names:
             print(f"{title}: {summarise(names)}")
     print(f"{train.frames}x{train.height}x{train.width}, trained with {train.objective} → {folder}")

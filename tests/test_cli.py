@@ -26,7 +26,7 @@ def test_help_names_every_step_and_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "LOADED []" in done.stdout
-    for name in (*ALL_STEPS, "run", "generate", "results", "config"):
+    for name in (*ALL_STEPS, "run", "generate", "weights", "results", "config"):
         assert name in done.stdout
 
 
@@ -59,12 +59,16 @@ def test_every_command_has_help(name: str) -> None:
         (("generate", "--checkpoint", "nowhere", "--prompt", "x"), 1, "no usable checkpoint in nowhere"),
         (("generate", "--checkpoint", "x", "--prompts-file", "none.txt"), 2, "no prompts file at none.txt"),
         (("generate", "--checkpoint", "models:/none@champion", "--prompt", "x"), 1, "none"),
+        (("run", "--profile", "smoke", "--set", "evaluate.prompts_file=none.txt"), 2, "no file at none.txt"),
+        (("weights", "inspect", "nowhere.pth"), 1, "no weights file at nowhere.pth"),
+        (("weights", "inspect", "params.yaml"), 1, "params.yaml is damaged, or holds more than tensors"),
+        (("weights", "import", "nowhere.pth"), 1, "no weights file at nowhere.pth"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(
     arguments: tuple[str, ...], code: int, expected: str, tmp_path: Path
 ) -> None:
-    extra = () if arguments[0] == "config" else ("--workdir", str(tmp_path))
+    extra = () if arguments[0] in ("config", "weights") else ("--workdir", str(tmp_path))
     done = opensora(*arguments, *extra)
     assert done.returncode == code, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

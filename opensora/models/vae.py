@@ -259,10 +259,7 @@ def load_autoencoder(folder: Path) -> "AutoencoderKL":
             vae = AutoencoderKL.from_config(config)
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise WeightsError(f"{folder / 'config.json'} describes no VAE that can be built: {_line(error)}") from error
-    try:
-        state = load_tensors(path)
-    except (OSError, ValueError, LookupError, AttributeError) as error:  # what a damaged pickle may also raise
-        raise WeightsError(f"{path} is damaged: {_line(error)}") from error
+    state = load_tensors(path)
     try:
         load_strict(vae, {_new_name(name): tensor for name, tensor in state.items()})
     except (WeightsError, AttributeError) as error:  # AttributeError: something that is no tensor bears a tensor's name

@@ -192,7 +192,7 @@ def load_weights(model: STDiT, folder: Path, weights: Literal["ema", "model"]) -
     try:
         load_strict(model, state, computed=POSITIONS)
     except WeightsError as error:
-        raise CheckpointError(f"{folder} does not fit the model: {error}") from None
+        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def describe_checkpoint(folder: Path) -> Checkpoint:
@@ -205,9 +205,10 @@ def describe_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: see `read_info`.
     """
     folder = Path(folder)
-    if not (folder / INFO).is_file():
+    search = not (folder / INFO).is_file()
+    if search:
         folder = newest_checkpoint(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
-    info = read_info(folder)
+    info = read_info(folder, verify=not search)  # what was searched for is verified already
     return Checkpoint(folder, build_config(info["config"]), info["stage"], info["step"], info["sha256"], info)
 
 
