@@ -112,7 +112,7 @@ class EncodeConfig(Section):
     text_encoder: str = Field("t5", description="folder below weights_dir")
     sizes: tuple[tuple[Positive, Positive], ...] = Field(((256, 256),), description="height, width in pixels")
     max_tokens: Positive = Field(120, description="text tokens")
-    batch_frames: Positive = Field(64, description="frames the VAE encodes at once")
+    batch_frames: Positive | None = Field(None, description="frames the VAE encodes at once; null: by their size")
     shard_mib: Positive = Field(512, description="MiB a safetensors shard")
     dtype: Literal["float32", "bfloat16"] = "float32"
     workers: Positive = Field(1, description="worker processes")

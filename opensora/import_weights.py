@@ -128,7 +128,7 @@ def released_config(released: Released, base: Config, overrides: Mapping[str, An
 
 def summarise(names: Sequence[str]) -> str:
     """Names of tensors, those of all blocks as one: `blocks.*.attn.qkv.weight (28)`."""
-    counts = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names)
+    counts = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
     return ", ".join(name + (f" ({count})" if count > 1 else "") for name, count in counts.items())
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opensora.config import load_config
+from opensora.config import ConfigError, load_config
 from opensora.demo.shapes import Scene, all_scenes, render_clip
-from opensora.evaluate import describe_sample, follows, measure, run
+from opensora.evaluate import describe_sample, evaluation_prompts, follows, measure, run
 from opensora.step import StepError
 from tests.conftest import ROOT
 
@@ -93,3 +93,15 @@ def test_the_step_leaves_metrics_gallery_and_samples(checkpoint: Path, tmp_path:
     (base / "train_video" / "checkpoints" / checkpoint.name / "model.safetensors").write_bytes(b"")
     with pytest.raises(StepError.__base__, match="no usable checkpoint"):
         run(config, stages, base / "evaluate", tmp_path, **arguments)
+
+
+def test_prompts_come_from_the_configuration_and_its_file(tmp_path: Path) -> None:
+    config = load_config(ROOT / "params.yaml", "smoke").evaluate
+    (tmp_path / "scenes.txt").write_text("# two\na river\t5\na field\n")
+    both = config.model_copy(update={"prompts": ("a cat",), "prompts_file": str(tmp_path / "scenes.txt")})
+    assert evaluation_prompts(both) == ["a cat", "a river", "a field"]
+    assert len(evaluation_prompts(config.model_copy(update={"prompts": ()}))) == 48
+    with pytest.raises(ConfigError, match=r"no prompts file at none\.txt"):
+        evaluation_prompts(config.model_copy(update={"prompts_file": "none.txt"}))
+    released = load_config(ROOT / "params.yaml", "h800").evaluate
+    assert (ROOT / released.prompts_file).is_file()
