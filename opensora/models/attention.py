@@ -4,9 +4,11 @@ Shapes: `B` batch, `T` frames, `S` spatial tokens, `M` query tokens, `L` text to
 `D` = C / A.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MAX_HEADS = 65_535  # the second and third dimension of a CUDA grid, in which attention's kernels lay batch and heads
 KeysValues = tuple[Tensor, Tensor]  # of a text, each [B, A, L, D]
 
 
@@ -54,7 +56,10 @@ class TemporalAttention(nn.Module):
             F.linear(x, weight, bias).view(heads).transpose(1, 2)  # [B, S·A, T, D]
             for weight, bias in zip(weights, biases, strict=True)
         )
-        x = F.scaled_dot_product_attention(q, k, v)
+        # In parts that a CUDA grid can hold: a 1080p frame has 130,560 heads.
+        split = (part.split(MAX_HEADS, dim=1) for part in (q, k, v))
+        parts = [F.scaled_dot_product_attention(*part) for part in zip(*split, strict=True)]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         x = x.transpose(1, 2).reshape(batch, frames * space, channels)
         return self.proj(x).view(batch, frames, space, channels)
 

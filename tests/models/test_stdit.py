@@ -136,7 +136,11 @@ def test_one_frame_fold_equals_attention() -> None:
     close(attention(x), doubled)
 
 
-def test_temporal_attention_is_attention_along_time_at_each_location() -> None:
+@pytest.mark.parametrize("heads_at_once", [65_535, 7])
+def test_temporal_attention_is_attention_along_time_at_each_location(
+    monkeypatch: pytest.MonkeyPatch, heads_at_once: int
+) -> None:
+    monkeypatch.setattr("opensora.models.attention.MAX_HEADS", heads_at_once)
     attention, same = TemporalAttention(32, 4), SelfAttention(32, 4)
     same.load_state_dict(attention.state_dict())
     x = torch.randn(2, 6, 5, 32, requires_grad=True)
