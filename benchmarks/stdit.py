@@ -153,12 +153,12 @@ def against_dit() -> dict[str, float]:
 def main() -> None:
     """Measure, print a table and keep it."""
     torch.set_num_threads(1)
-    ratios: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for measure in (training_step, one_frame_block, guided_step, against_dit):
         for name, value in measure().items():
-            ratios[name] = round(value, 3)
+            figures[name] = round(value, 3)
             print(f"{name:<60} {value:.3f}", flush=True)
-    print(save("stdit-cpu", {"command": "python -m benchmarks.stdit", "ratios": ratios}))
+    print(save("stdit-cpu", {"command": "python -m benchmarks.stdit", "figures": figures}))
 
 
 if __name__ == "__main__":
