@@ -67,20 +67,19 @@ def main() -> None:
         command = [sys.executable, "-m", "opensora.cli", "generate", "--checkpoint", str(checkpoint), *arguments]
         start = time.monotonic()
         subprocess.run([*command, "--prompt", PROMPT, "--out", str(folder / "out")], check=True)
-        seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    values = {
-        "command": f"python -m benchmarks.generate_memory --depth {chosen.depth} --dtype {chosen.dtype}",
-        "peak_gib": round(peak / GIB, 2),
-        "foretold_gib": round(foretold.peak() / GIB, 2),
-        "foretold_parts_gib": {
-            phase: {part: round(value / GIB, 2) for part, value in parts.items()}
-            for phase, parts in foretold.parts().items()
-        },
-        "seconds": round(seconds),
-    }
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        values = {
+            "command": f"python -m benchmarks.generate_memory --depth {chosen.depth} --dtype {chosen.dtype}",
+            "peak_gib": round(peak / GIB, 2),
+            "foretold_gib": round(foretold.peak() / GIB, 2),
+            "foretold_parts_gib": {
+                phase: {part: round(value / GIB, 2) for part, value in parts.items()}
+                for phase, parts in foretold.parts().items()
+            },
+            "seconds": round(time.monotonic() - start),
+        }
     print(json.dumps(values, indent=2))
-    print(save(f"generate-memory-{chosen.dtype}", values))
+    print(save(f"generate-memory-depth{chosen.depth}-{chosen.dtype}", values))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ BASE = 0.6 * GIB  # Python, PyTorch and the other libraries
 # Tensors of [B, N, C] that are alive at the peak of a pass without gradients, which lies in a block's MLP: the block's
 # input, the residual stream, the modulated input, four of the hidden layer, the output; and one for all the rest.
 LIVE_TENSORS = 9
-LIVE_VAE_TENSORS = 7  # of the first width at full size, at the peak of the VAE's decoder
+LIVE_VAE_TENSORS = 8  # of the first width at full size, at the peak of the VAE's decoder
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
