@@ -1,4 +1,5 @@
-"""Peak memory of `opensora generate` at 64x512x512 with models of the released sizes. Half an hour on two CPU cores.
+"""Peak memory of `opensora generate` at 64x512x512 with models of the released sizes. On two idle
+CPU cores a quarter of an hour, most of it the VAE's, and as long again for all 28 blocks.
 
     python -m benchmarks.generate_memory [--depth 28] [--dtype float32]
 
