@@ -1,8 +1,8 @@
-"""Peak memory of `opensora generate` at 64x512x512 with models of the released sizes. On two idle
-CPU cores a quarter of an hour, most of it the VAE's, and as long again for all 28 blocks.
+"""Peak memory of `opensora generate` at 64x512x512, with models of the released sizes.
 
     python -m benchmarks.generate_memory [--depth 28] [--dtype float32]
 
+Four blocks take a quarter of an hour on two CPU cores, most of it the VAE's, and 28 blocks twice as long.
 The weights are random, since memory does not depend on them: STDiT-XL/2, a VAE of Stable Diffusion's shape and a text
 encoder as wide as T5-XXL, but one thin layer deep. One sampling step stands for all, which need the same memory.
 """
