@@ -59,22 +59,22 @@ def run_step(name: str, config: "Config", root: Path) -> "Report":
         case "split":
             from opensora.data.split import run as split
 
-            return split(config.split, base / "download", output)
+            return split(config.split, base / "download", output, config.executor)
         case "score":
             from opensora.data.score import run as score
 
-            return score(config.score, base / "split", output)
+            return score(config.score, base / "split", output, config.executor)
         case "caption":
             from opensora.data.caption import run as caption
 
             model = weights_folder(config, base, config.caption.model)
-            return caption(config.caption, base / "score", base / "split", model, output)
+            return caption(config.caption, base / "score", base / "split", model, output, config.executor)
         case "encode":
             from opensora.data.encode import run as encode
 
             vae = weights_folder(config, base, config.encode.vae)
             text = weights_folder(config, base, config.encode.text_encoder)
-            return encode(config.encode, base / "caption", base / "split", vae, text, output)
+            return encode(config.encode, base / "caption", base / "split", vae, text, output, config.executor)
         case "evaluate":
             return _evaluate(config, base, output, root)
         case "promote":
@@ -106,7 +106,7 @@ def _download(config: "Config", base: Path, output: Path) -> "Report":
 
     source = config.download.source
     if source:
-        return download(config.download, source, output)
+        return download(config.download, source, output, config.executor)
     if not config.demo.videos:
         raise ConfigError(f"profile {config.profile} has no videos of its own; give --source FOLDER or a URL manifest")
     from opensora.demo.server import serve
@@ -114,7 +114,7 @@ def _download(config: "Config", base: Path, output: Path) -> "Report":
     # The embedded world is fetched over HTTP, so that the demo downloads as real use does.
     with serve(base / "demo_videos") as url:
         local = config.download.model_copy(update={"allow_private_hosts": True})
-        return download(local, f"{url}/manifest.csv", output)
+        return download(local, f"{url}/manifest.csv", output, config.executor)
 
 
 def _evaluate(config: "Config", base: Path, output: Path, root: Path) -> "Report":
@@ -131,6 +131,6 @@ def _evaluate(config: "Config", base: Path, output: Path, root: Path) -> "Report
     if truth.is_file() and not config.download.source:
         from opensora.demo.captioner import caption_exact_match
 
-        extra["caption_exact_match"] = caption_exact_match(base / "caption" / "manifest.parquet", truth)
+        extra["caption_exact_match"] = caption_exact_match(base / "caption", truth)
     stages = {name: base / name for name in TRAIN_STEPS}
     return evaluate(config, stages, output, root, extra=extra, seconds=seconds, peak_memory_mib=peak)

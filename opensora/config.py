@@ -52,13 +52,29 @@ class DemoConfig(Section):
     llava_steps: NonNegative = Field(0, description="optimizer steps of the tiny LLaVA")
 
 
-class DownloadConfig(Section):
-    """Fetch videos from a folder or a URL manifest."""
+class ExecutorConfig(Section):
+    """How the shards of the data steps are worked on; each step says with how many `workers`."""
 
-    source: str = Field("", description="folder, or csv/jsonl/parquet manifest of URLs; empty: the embedded world")
-    workers: Positive = Field(4, description="downloads at once")
+    kind: Literal["pool", "sequential", "ray"] = Field(
+        "pool", description="processes of this machine, this process alone, or Ray Data"
+    )
+    retries: NonNegative = Field(1, description="tries of a failed shard after the first")
+    ray_address: str = Field("", description="of a Ray cluster, as in ray://head:10001; empty: this machine")
+
+
+class DownloadConfig(Section):
+    """Bring videos from a folder, a list, an archive, a bucket or a data set."""
+
+    source: str = Field("", description="URI of the videos or of their list; empty: the embedded world")
+    list_format: str = Field("", description="form of a published list, as panda70m; empty: by its columns")
+    videos: str = Field("", description="folder or URL that the names of a list are below; empty: the list's own")
+    shard_videos: Positive = Field(32, description="videos a shard; shards are the unit of work of all data steps")
+    workers: Positive = Field(1, description="worker processes")
+    connections: Positive = Field(8, description="downloads at once, a worker")
+    connections_per_host: Positive = Field(4, description="downloads at once from one host, a worker")
     retries: NonNegative = Field(3, description="tries after the first, with back-off")
     timeout_s: PositiveFloat = Field(60, description="seconds without a byte before a try fails")
+    file_timeout_s: PositiveFloat = Field(3600, description="seconds a file at most, over all tries")
     max_mib: Positive = Field(4096, description="MiB, larger files are refused")
     allow_private_hosts: bool = Field(False, description="accept URLs on loopback and private addresses")
     max_bad_share: Share = Field(0.5, description="share of bad videos above which the step fails")
@@ -67,14 +83,23 @@ class DownloadConfig(Section):
 class SplitConfig(Section):
     """Find shots and write them as normalised clips."""
 
-    threshold: PositiveFloat = Field(27.0, description="ContentDetector's threshold")
+    detector: Literal["content", "adaptive", "transnetv2"] = Field("content", description="what finds the shots")
+    threshold: PositiveFloat | None = Field(None, description="of the detector; null: 27, 3 or 0.5 by detector")
+    transnetv2_file: str = Field("", description="ONNX file below weights_dir, for the detector transnetv2")
+    given_spans: bool = Field(
+        True, description="spans that a list names are the clips; false: only their captions count"
+    )
     min_shot_s: PositiveFloat = Field(0.625, description="seconds, shorter shots are merged by the detector")
+    trim_transitions: bool = Field(True, description="cut dissolves and fades off the ends of shots")
     max_clip_s: PositiveFloat = Field(15.0, description="seconds, longer shots are cut into several clips")
+    stride_s: PositiveFloat | None = Field(
+        None, description="seconds from clip to clip in a long shot; null: equal parts"
+    )
     max_short_side: Positive = Field(512, description="pixels, larger clips are scaled down; never up")
     fps: PositiveFloat | None = Field(None, description="frames a second of the clips; null keeps the source's")
     crf: NonNegative = Field(18, description="x264 quality")
     gop: Positive = Field(30, description="frames between key frames")
-    shard_mib: Positive = Field(512, description="MiB a tar shard")
+    shard_mib: Positive = Field(512, description="MiB a tar file at most")
     video_timeout_s: PositiveFloat = Field(600, description="seconds a video before its worker is killed")
     workers: Positive = Field(2, description="worker processes")
     max_bad_share: Share = Field(0.9, description="share of bad videos above which the step fails")
@@ -86,23 +111,42 @@ class ScoreConfig(Section):
     min_duration_s: float | None = Field(0.5, description="seconds")
     min_short_side: int | None = Field(64, description="pixels")
     max_black: float | None = Field(0.5, description="share of nearly black pixels")
+    min_brightness: float | None = Field(None, description="mean grey level, 0…255")
+    max_brightness: float | None = Field(None, description="mean grey level, 0…255")
     min_motion: float | None = Field(None, description="mean optical flow, share of the frame's diagonal a second")
+    max_motion: float | None = Field(None, description="mean optical flow, share of the frame's diagonal a second")
     min_frame_difference: float | None = Field(0.2, description="mean absolute change between frames, 0…255")
     min_sharpness: float | None = Field(None, description="variance of the Laplacian")
     max_duplicate_distance: int | None = Field(None, description="bits of a 64-bit hash; null keeps duplicates")
+    clip: str = Field("", description="CLIP model, folder below weights_dir; empty: neither of the next two")
+    aesthetic_head: str = Field("", description="linear head over CLIP's image features, file below weights_dir")
+    min_aesthetic: float | None = Field(None, description="aesthetic score, about 1…10")
+    min_text_match: float | None = Field(None, description="cosine of CLIP's features of frames and given caption")
     workers: Positive = Field(2, description="worker processes")
 
 
 class CaptionConfig(Section):
     """Caption clips with LLaVA; given captions are kept."""
 
-    model: str = Field("llava", description="folder below weights_dir")
-    prompt: str = Field("describe", description="what LLaVA is asked")
+    backend: Literal["llava", "endpoint"] = Field(
+        "llava", description="in this process, or an OpenAI-compatible server"
+    )
+    model: str = Field("llava", description="folder below weights_dir, or the server's name of its model")
+    endpoint: str = Field("", description="base URL of the server, as in http://localhost:8000/v1")
+    concurrency: Positive = Field(32, description="requests at once, a worker")
+    request_timeout_s: PositiveFloat = Field(120, description="seconds a request")
+    retries: NonNegative = Field(4, description="tries of a request after the first, with back-off")
+    caption_retries: NonNegative = Field(1, description="tries after an empty, cut-off or refused caption")
+    prompt: str = Field("describe", description="what the model is asked")
     frame_positions: tuple[Share, ...] = Field((0.2, 0.5, 0.8), description="positions of the frames shown")
-    batch_size: Positive = Field(32, description="clips")
+    max_side: Positive = Field(672, description="pixels, larger frames are scaled down for the server")
+    batch_size: Positive = Field(32, description="clips at once, backend llava")
     max_new_tokens: Positive = Field(256, description="tokens a caption at most")
+    retry_temperature: Annotated[float, Field(ge=0)] = Field(0.7, description="of the tries after the first")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: Positive = Field(2, description="CPU threads")
+    threads: Positive = Field(2, description="CPU threads a worker")
+    workers: Positive = Field(1, description="worker processes; with GPUs one a GPU")
+    max_bad_share: Share = Field(0.5, description="share of clips without a caption above which the step fails")
 
 
 class EncodeConfig(Section):
@@ -113,9 +157,11 @@ class EncodeConfig(Section):
     sizes: tuple[tuple[Positive, Positive], ...] = Field(((256, 256),), description="height, width in pixels")
     max_tokens: Positive = Field(120, description="text tokens")
     batch_frames: Positive | None = Field(None, description="frames the VAE encodes at once; null: by their size")
-    shard_mib: Positive = Field(512, description="MiB a safetensors shard")
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    workers: Positive = Field(1, description="worker processes")
+    shard_mib: Positive = Field(512, description="MiB a safetensors file at most")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="in which the models compute")
+    store_dtype: Literal["float16", "bfloat16"] = Field("float16", description="in which the shards are written")
+    threads: Positive = Field(1, description="CPU threads a worker")
+    workers: Positive = Field(1, description="worker processes; with GPUs one a GPU")
 
 
 class ModelConfig(Section):
@@ -160,6 +206,8 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
     processes: Positive = Field(1, description="processes of the run (GPUs, or gloo processes on CPU)")
     threads: Positive = Field(1, description="CPU threads a process")
+    data: Literal["latents", "clips"] = Field("latents", description="encoded by `encode`, or encoded in the step")
+    loader_workers: NonNegative = Field(0, description="processes that read data ahead, a training process")
     init_from: str = Field("", description="weights to start from; empty: the stage before, or from scratch")
     log_every: Positive = Field(10, description="steps")
     checkpoint_every: Positive = Field(500, description="steps")
@@ -207,6 +255,7 @@ class Config(Section):
     profile: Literal["smoke", "demo", "single_gpu", "h800"]
     weights_dir: str = Field("weights", description="folder of pretrained weights")
     offline: bool = Field(True, description="never open a connection for weights")
+    executor: ExecutorConfig
     demo: DemoConfig
     download: DownloadConfig
     split: SplitConfig
@@ -233,6 +282,16 @@ class Config(Section):
                 raise ValueError(f"{name}.objective is iddpm, which needs model.pred_sigma: true")
             if stage.processes % stage.sequence_parallel:
                 raise ValueError(f"{name}.processes must be a multiple of {name}.sequence_parallel")
+        if self.split.detector == "transnetv2" and not self.split.transnetv2_file:
+            raise ValueError(
+                "split.detector is transnetv2, which needs split.transnetv2_file, a file below weights_dir"
+            )
+        if self.score.min_aesthetic is not None and not (self.score.clip and self.score.aesthetic_head):
+            raise ValueError("score.min_aesthetic needs score.clip and score.aesthetic_head")
+        if self.score.min_text_match is not None and not self.score.clip:
+            raise ValueError("score.min_text_match needs score.clip")
+        if self.caption.backend == "endpoint" and not self.caption.endpoint:
+            raise ValueError("caption.backend is endpoint, which needs caption.endpoint, as http://localhost:8000/v1")
         if self.train_image.frames != 1:
             raise ValueError(f"train_image.frames must be 1, got {self.train_image.frames}")
         if self.model.model_max_length != self.encode.max_tokens:

@@ -11,7 +11,7 @@ import numpy as np
 
 from opensora.clip_file import contact_sheet, write_clip
 from opensora.config import Config, EvaluateConfig
-from opensora.data.executor import run_tasks
+from opensora.data.workers import run_tasks
 from opensora.demo.shapes import COLOURS, all_scenes, detect, held_out_scenes, parse_caption, render_clip
 from opensora.gallery import write_gallery
 from opensora.metrics.features import EXTRACTOR, randconv_features

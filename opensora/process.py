@@ -1,8 +1,10 @@
 """Child processes that get the time to stop well when their parent is told to stop."""
 
+import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -43,3 +45,15 @@ def run_child(command: Sequence[str]) -> int:
         return child.returncode
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: nobody would read what it does."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end with parent").start()

@@ -48,9 +48,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("clips")
     config = load_config(ROOT / "params.yaml", "smoke")
     demo_videos(config.demo, base / "demo_videos")
-    download.run(config.download, str(base / "demo_videos" / "manifest.csv"), base / "download")
-    split.run(config.split, base / "download", base / "split")
-    score.run(config.score, base / "split", base / "score")
+    download.run(config.download, str(base / "demo_videos" / "manifest.csv"), base / "download", config.executor)
+    split.run(config.split, base / "download", base / "split", config.executor)
+    score.run(config.score, base / "split", base / "score", config.executor)
     return base
 
 

@@ -66,4 +66,4 @@ def test_a_config_cannot_be_changed() -> None:
 def test_params_hold_every_step_for_every_profile() -> None:
     document = yaml.safe_load(PARAMS.read_text())
     for profile in PROFILES:
-        assert set(document[profile]) >= set(document["base"]) - {"weights_dir", "offline"}
+        assert set(document[profile]) >= set(document["base"]) - {"weights_dir", "offline", "executor"}

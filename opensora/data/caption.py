@@ -1,25 +1,49 @@
 """The step `caption`: LLaVA describes every clip that came without a caption; captions are keyed by clip."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opensora.config import CaptionConfig
+from opensora.config import CaptionConfig, ExecutorConfig
+from opensora.data.executor import run_shards
 from opensora.data.shards import read_clip
 from opensora.data.video import read_frames
-from opensora.manifest import GIVEN, Clip, drop_reasons, kept_clips, read_manifest, write_manifest
-from opensora.progress import track
+from opensora.data.workers import advance
+from opensora.manifest import (
+    GIVEN,
+    Clip,
+    Tally,
+    count_rows,
+    kept_clips,
+    list_parts,
+    manifest_hash,
+    part_index,
+    read_part,
+    write_part,
+)
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report
 
 if TYPE_CHECKING:
     import numpy as np
 
-LINES = "captions.jsonl"
 CUT_OFF = " […]"  # ends a caption that reached the token limit
 
 
-def run(config: CaptionConfig, inputs: Path, shards: Path, model: Path, output: Path) -> Report:
+@dataclass(frozen=True)
+class Task:
+    """One shard of clips to caption."""
+
+    config: CaptionConfig
+    inputs: Path  # part of the score step's manifest
+    shards: Path  # folder of the split step
+    model: Path
+    part: Path
+
+
+def run(
+    config: CaptionConfig, inputs: Path, shards: Path, model: Path, output: Path, executor: ExecutorConfig
+) -> Report:
     """Caption the kept clips of the score step in `inputs`.
 
     Args:
@@ -29,26 +53,48 @@ def run(config: CaptionConfig, inputs: Path, shards: Path, model: Path, output: 
     Raises:
         StepError: no clip has a caption in the end.
     """
-    clips = read_manifest(inputs / "manifest.parquet")
     model_state = [(path.name, path.stat().st_size) for path in sorted(model.iterdir())]
-    folder = StepFolder(output, fingerprint(config.model_dump(), [asdict(clip) for clip in clips], model_state))
+    settings = config.model_dump(exclude={"workers", "threads"})
+    folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs), model_state))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
-    known = _read_lines(work / LINES)
+    tasks = [Task(config, part, shards, model, work / part.name) for part in list_parts(inputs)]
+    run_shards(caption_shard, tasks, executor, config.workers, "captioning", count_rows(inputs))
+    tally, given = Tally(), 0
+    for path in list_parts(work):
+        clips = read_part(path)
+        tally.add(clips)
+        given += sum(clip.kept and clip.caption_model == GIVEN for clip in clips)
+    if not tally.kept:
+        raise StepError(f"no clip got a caption ({tally.reasons}); look at caption.max_new_tokens and the model")
+    for path in work.glob("*.jsonl"):
+        if path.name.startswith("captions"):
+            path.unlink()
+    metrics = {"given": float(given), "generated": float(tally.kept - given)}
+    return folder.finish(
+        Report("caption", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped), metrics=metrics)
+    )
+
+
+def caption_shard(task: Task) -> None:
+    """Caption the clips of one part that have no caption yet."""
+    clips = read_part(task.inputs)
+    lines = task.part.with_name(f"captions-{part_index(task.part):05d}.jsonl")
+    known = _read_lines(lines)
     missing = [clip for clip in kept_clips(clips) if not clip.caption and clip.clip_id not in known]
     if missing:
-        known |= _caption(missing, shards, Captioner(model, config), work / LINES)
-    captioned = [_with_caption(clip, known, model.name, config.prompt) for clip in clips]
-    write_manifest(work / "manifest.parquet", captioned)
-    kept = kept_clips(captioned)
-    dropped = drop_reasons(captioned)
-    if not kept:
-        raise StepError(f"no clip got a caption ({dropped}); look at caption.max_new_tokens and the model")
-    (work / LINES).unlink(missing_ok=True)
-    given = sum(clip.caption_model == GIVEN for clip in kept)
-    metrics = {"given": float(given), "generated": float(len(kept) - given)}
-    return folder.finish(Report("caption", total=len(clips), kept=len(kept), dropped=dropped, metrics=metrics))
+        known |= _caption(missing, task.shards, _captioner(task.model, task.config), lines)
+    write_part(task.part, [_with_caption(clip, known, task.model.name, task.config.prompt) for clip in clips])
+
+
+_CAPTIONERS: dict[Path, "Captioner"] = {}  # a worker process loads its model once
+
+
+def _captioner(model: Path, config: CaptionConfig) -> "Captioner":
+    if model not in _CAPTIONERS:
+        _CAPTIONERS[model] = Captioner(model, config)
+    return _CAPTIONERS[model]
 
 
 def _read_lines(path: Path) -> dict[str, str]:
@@ -66,14 +112,15 @@ def _read_lines(path: Path) -> dict[str, str]:
 def _caption(clips: list[Clip], shards: Path, captioner: "Captioner", lines: Path) -> dict[str, str]:
     """Captions by clip id, each batch appended to `lines` as it is done."""
     size = captioner.config.batch_size
-    batches = [clips[start : start + size] for start in range(0, len(clips), size)]
     known = {}
     with lines.open("a") as handle:
-        for batch in track(batches, len(batches), "captioning (batches)"):
+        for start in range(0, len(clips), size):
+            batch = clips[start : start + size]
             frames = [pick_frames(read_clip(shards, clip), captioner.config.frame_positions) for clip in batch]
             for clip, caption in zip(batch, captioner(frames), strict=True):
                 known[clip.clip_id] = caption
                 handle.write(json.dumps({"clip_id": clip.clip_id, "caption": caption}) + "\n")
+                advance()
             handle.flush()
     return known
 

@@ -14,11 +14,11 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urljoin, urlparse
 
-from opensora.config import DownloadConfig
-from opensora.data.executor import run_tasks
+from opensora.config import DownloadConfig, ExecutorConfig
+from opensora.data.executor import run_shards
 from opensora.data.video import probe
-from opensora.manifest import Clip, drop_reasons, kept_clips, write_manifest
-from opensora.progress import track
+from opensora.data.workers import advance, call_isolated
+from opensora.manifest import Clip, Span, Tally, list_parts, part_name, read_part, write_part
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
 
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
@@ -46,8 +46,18 @@ class DownloadError(RuntimeError):
     """One file could not be brought; the message is the recorded reason."""
 
 
-def run(config: DownloadConfig, source: str, output: Path) -> Report:
-    """Bring every video of `source` (folder, list file or URL of a list) into `output/videos`.
+@dataclass(frozen=True)
+class Task:
+    """The videos of one shard."""
+
+    config: DownloadConfig
+    items: list[Item]
+    base: Path  # folder of all steps
+    part: Path
+
+
+def run(config: DownloadConfig, source: str, output: Path, executor: ExecutorConfig) -> Report:
+    """Bring every video of `source` into `videos/` beside `output`, and write their rows.
 
     Raises:
         StepError: the source is missing or empty, nothing decodes, or more than `max_bad_share` is bad.
@@ -61,19 +71,47 @@ def run(config: DownloadConfig, source: str, output: Path) -> Report:
         return read_report(output)
     work = folder.open()
     items = list_items(source, config)
-    rows = _fetch_all(items, work, config)
-    clips = _probe_all(rows, work)
-    write_manifest(work / "manifest.parquet", clips)
-    dropped = drop_reasons(clips)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    kept = kept_clips(clips)
-    if not kept:
-        raise StepError(f"none of the {len(clips)} files of {source} is a usable video ({reasons})")
-    bad = len(clips) - len(kept)
-    if bad > config.max_bad_share * len(clips):
-        raise StepError(f"{bad} of {len(clips)} videos are bad ({reasons}); raise download.max_bad_share to go on")
-    shutil.rmtree(work / "rows")
-    return folder.finish(Report("download", total=len(clips), kept=len(kept), dropped=dropped))
+    size = config.shard_videos
+    tasks = [
+        Task(config, items[start : start + size], output.parent, work / part_name(index))
+        for index, start in enumerate(range(0, len(items), size))
+    ]
+    run_shards(download_shard, tasks, executor, config.workers, "downloading", len(items))
+    _drop_copies(work)
+    tally = Tally()
+    for path in list_parts(work):
+        tally.add(read_part(path))
+    if not tally.kept:
+        raise StepError(f"none of the {tally.total} files of {source} is a usable video ({tally.reasons})")
+    bad = tally.total - tally.kept
+    if bad > config.max_bad_share * tally.total:
+        raise StepError(
+            f"{bad} of {tally.total} videos are bad ({tally.reasons}); raise download.max_bad_share to go on"
+        )
+    shutil.rmtree(work / "rows", ignore_errors=True)
+    return folder.finish(Report("download", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped)))
+
+
+def download_shard(task: Task) -> None:
+    """Bring the videos of one shard and write their rows."""
+    videos, rows = task.base / "videos", task.part.parent / "rows"
+    videos.mkdir(exist_ok=True)
+    rows.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(task.config.connections) as pool:
+        clips = list(pool.map(lambda item: _fetch_item(item, videos, rows, task.config), task.items))
+    write_part(task.part, [_probed(clip, task.base) for clip in clips])
+
+
+def _drop_copies(work: Path) -> None:
+    seen: set[str] = set()
+    for path in list_parts(work):
+        clips = []
+        for clip in read_part(path):
+            if clip.kept and clip.source_sha256 in seen:
+                clip = replace(clip, kept=False, reason="duplicate: the same file came before")
+            seen.add(clip.source_sha256)
+            clips.append(clip)
+        write_part(path, clips)
 
 
 def _state(source: str) -> object:
@@ -171,43 +209,26 @@ def _read_list(source: str, config: DownloadConfig) -> Iterator[dict]:
             yield from pq.read_table(path).to_pylist()
 
 
-def _fetch_all(items: list[Item], work: Path, config: DownloadConfig) -> list[Clip]:
-    """Bring every item; a finished one leaves its row below rows/, which a resumed run reads instead."""
-    (work / "videos").mkdir(exist_ok=True)
-    (work / "rows").mkdir(exist_ok=True)
-    with ThreadPoolExecutor(config.workers) as pool:
-        try:
-            done = pool.map(lambda item: _fetch_item(item, work, config), items)
-            rows = list(track(done, len(items), "downloading"))
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True, wait=False)
-            raise
-    seen: set[str] = set()
-    clips = []
-    for clip in rows:
-        if clip.kept and clip.source_sha256 in seen:
-            clip = replace(clip, kept=False, reason="duplicate: the same file came before")
-        seen.add(clip.source_sha256)
-        clips.append(clip)
-    return clips
-
-
-def _fetch_item(item: Item, work: Path, config: DownloadConfig) -> Clip:
-    mark = work / "rows" / f"{item.name}.json"
-    target = work / "videos" / item.name
+def _fetch_item(item: Item, videos: Path, rows: Path, config: DownloadConfig) -> Clip:
+    mark = rows / f"{item.name}.json"
+    target = videos / item.name
     if mark.is_file():
-        return Clip(**json.loads(mark.read_text()))
+        row = json.loads(mark.read_text())
+        return Clip(**row | {"spans": tuple(Span(**span) for span in row["spans"])})
     clip = Clip(clip_id="", source=item.url, licence=item.licence, path=f"videos/{item.name}")
     try:
         _bring(item.url, target, config)
+        spans: tuple[Span, ...] = ()
         if item.captions:
-            _bring(item.captions, target.with_suffix(CAPTIONS), config)
+            side = target.with_suffix(CAPTIONS)
+            _bring(item.captions, side, config)
+            spans = tuple(Span(**span) for span in json.loads(side.read_text()))
         elif item.caption:
-            write_json(target.with_suffix(CAPTIONS), [{"start_s": 0.0, "end_s": FOREVER_S, "caption": item.caption}])
+            spans = (Span(0.0, FOREVER_S, item.caption),)
         digest = _sha256(target)
         if item.sha256 and digest != item.sha256:
             raise DownloadError(f"wrong content: sha256 is {digest[:12]}…, the list says {item.sha256[:12]}…")
-        clip = replace(clip, clip_id=digest[:16], source_sha256=digest, size=target.stat().st_size)
+        clip = replace(clip, clip_id=digest[:16], source_sha256=digest, size=target.stat().st_size, spans=spans)
     except DownloadError as error:
         target.unlink(missing_ok=True)
         identity = sha256(item.url.encode()).hexdigest()[:16]
@@ -307,23 +328,15 @@ def _refuse_private(url: str) -> None:
             raise DownloadError(f"refused: {host} is a private address; set download.allow_private_hosts to allow it")
 
 
-def _probe_all(clips: list[Clip], work: Path) -> list[Clip]:
-    """Decode the head of every file in a process that may crash or hang."""
-    present = [clip for clip in clips if clip.kept]
-    outcomes = run_tasks(probe, [work / clip.path for clip in present], 2, PROBE_TIMEOUT_S)
-    found = {}
-    for outcome in track(outcomes, len(present), "checking videos"):
-        clip = present[outcome.index]
-        if outcome.value is None:
-            found[clip.path] = replace(clip, kept=False, reason=outcome.failure)
-        else:
-            about = outcome.value
-            found[clip.path] = replace(
-                clip,
-                fps=about.fps,
-                frames=about.frames,
-                width=about.width,
-                height=about.height,
-                end_s=about.duration_s,
-            )
-    return [found.get(clip.path, clip) if clip.kept else clip for clip in clips]
+def _probed(clip: Clip, base: Path) -> Clip:
+    """Decode the head of a file in a process that may crash or hang."""
+    advance()
+    if not clip.kept:
+        return clip
+    outcome = call_isolated(probe, base / clip.path, PROBE_TIMEOUT_S)
+    if outcome.value is None:
+        return replace(clip, kept=False, reason=outcome.failure)
+    about = outcome.value
+    return replace(
+        clip, fps=about.fps, frames=about.frames, width=about.width, height=about.height, end_s=about.duration_s
+    )

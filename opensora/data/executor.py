@@ -1,112 +1,158 @@
-"""Worker processes for work on files that nobody vouches for: each task has a time limit, and a crash is a result."""
+"""The executor: calls a step's function on every shard, in this process, in a pool of processes, or by Ray Data.
 
-import multiprocessing
+A shard function reads one part of the manifest before it and writes one part (last) and the files that belong to it,
+alone: which executor calls it, and in what order, changes no byte.
+"""
+
+import errno
+import json
+import logging
+import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from opensora.process import shielded
+from opensora.config import ExecutorConfig
+from opensora.data.workers import Outcome, attempt, listen, run_tasks, stop_isolated
+from opensora.progress import progress
+from opensora.step import StepError
 
-Task = TypeVar("Task")
-Value = TypeVar("Value")
-STOP_S = 5.0  # an idle worker has that long to end by itself
+STATUS = "shards.jsonl"
+SHOWN = 3  # failures in an error's message
+
+
+class ShardTask(Protocol):
+    """All that a shard function needs, pickled to where it runs."""
+
+    @property
+    def part(self) -> Path:
+        """The part of the manifest that the function writes when all else is written: the mark that it is done."""
+
+
+AnyTask = TypeVar("AnyTask", bound=ShardTask)
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Value]):
-    """What became of one task: a value, or the reason why there is none."""
+class _Timed:
+    """A shard function that also says how long it took; picklable."""
 
-    index: int
-    value: Value | None = None
-    failure: str = ""  # "timeout: …", "crashed: …" or the message of an exception
+    function: Callable[[Any], None]
 
-
-class _Worker(Generic[Task, Value]):
-    def __init__(self, function: Callable[[Task], Value]) -> None:
-        context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(function, theirs), daemon=True)
-        with shielded():
-            self.process.start()
-        theirs.close()
-        self.index: int | None = None
-        self.deadline = 0.0
-
-    def give(self, index: int, task: Task, timeout_s: float) -> None:
-        self.index, self.deadline = index, time.monotonic() + timeout_s
-        self.pipe.send(task)
-
-    def stop(self) -> None:
-        """End the process: an idle one by closing its pipe, a busy or stuck one by force."""
-        self.pipe.close()
-        if self.index is None:
-            self.process.join(STOP_S)
-        self.process.kill()
-        self.process.join()
+    def __call__(self, task: ShardTask) -> float:
+        start = time.monotonic()
+        self.function(task)
+        return time.monotonic() - start
 
 
-def _serve(function: Callable[[Task], Value], pipe: Connection) -> None:
-    try:
-        while True:
-            task = pipe.recv()
-            try:
-                pipe.send((function(task), ""))
-            except Exception as error:  # any failure of one item is that item's result
-                pipe.send((None, str(error) or type(error).__name__))
-    except EOFError:
-        return
+def run_shards(
+    function: Callable[[AnyTask], None],
+    tasks: Sequence[AnyTask],
+    executor: ExecutorConfig,
+    workers: int,
+    label: str,
+    items: int = 0,
+) -> None:
+    """Call `function` on every task whose part is not there yet; one that fails is tried again.
 
-
-def run_tasks(
-    function: Callable[[Task], Value], tasks: Sequence[Task], workers: int, timeout_s: float
-) -> Iterator[Outcome[Value]]:
-    """Run `function` on every task in worker processes; outcomes come as they are ready.
+    Every attempt leaves a line in `shards.jsonl` beside the parts: shard, status, seconds, attempt, error.
 
     Args:
-        function: importable by name; its argument and result are pickled.
-        timeout_s: seconds a task; a worker that takes longer is killed and replaced.
+        function: importable by name.
+        items: items of all tasks, for the progress; the function says `advance()` after each. 0 counts shards.
+
+    Raises:
+        StepError: a shard failed in every attempt; the others are done.
+        OSError: the disk is full.
     """
-    pool: list[_Worker[Task, Value]] = [_Worker(function) for _ in range(min(workers, len(tasks)))]
-    waiting = iter(enumerate(tasks))
-    open_tasks = 0
-    try:
-        for worker in pool:
-            index, task = next(waiting)
-            worker.give(index, task, timeout_s)
-            open_tasks += 1
-        while open_tasks:
-            now = time.monotonic()
-            nearest = min(worker.deadline for worker in pool if worker.index is not None)
-            busy = {worker.pipe: worker for worker in pool if worker.index is not None}
-            ready = [busy[pipe] for pipe in wait(list(busy), max(0.0, nearest - now)) if isinstance(pipe, Connection)]
-            late = [w for w in busy.values() if w not in ready and time.monotonic() >= w.deadline]
-            for worker in ready + late:
-                outcome = _outcome(worker, late=worker in late, timeout_s=timeout_s)
-                open_tasks -= 1
-                if not worker.process.is_alive() or worker in late:
-                    worker.stop()
-                    pool[pool.index(worker)] = fresh = _Worker(function)
-                    worker = fresh
-                worker.index = None
-                following = next(waiting, None)
-                if following is not None:
-                    worker.give(*following, timeout_s)
-                    open_tasks += 1
-                yield outcome
-    finally:
-        for worker in pool:
-            worker.stop()
+    left = [task for task in tasks if not task.part.is_file()]
+    if not left:
+        return
+    timed = _Timed(function)
+    share = len(left) / len(tasks)  # a resumed run shows what is left
+    with progress(round(items * share) or len(left), label) as bar:
+        before = listen(bar if items else lambda: None)
+        try:
+            for tries in range(executor.retries + 1):
+                failed = []
+                for outcome in _outcomes(timed, left, executor, workers):
+                    task = left[outcome.index]
+                    _note(task.part, outcome, tries + 1)
+                    if outcome.failure:
+                        failed.append((task, outcome))
+                    elif not items:
+                        bar()
+                if not failed or any(outcome.error_number == errno.ENOSPC for _, outcome in failed):
+                    break
+                left = [task for task, _ in failed]
+        finally:
+            listen(before)
+    if failed:
+        _raise([(task.part, outcome) for task, outcome in failed], len(tasks))
 
 
-def _outcome(worker: _Worker[Task, Value], late: bool, timeout_s: float) -> Outcome[Value]:
-    assert worker.index is not None
-    if late:
-        return Outcome(worker.index, failure=f"timeout: no result after {timeout_s:g} s")
+def _raise(failed: list[tuple[Path, Outcome[float]]], total: int) -> None:
+    for _, outcome in failed:
+        if outcome.error_number == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, outcome.failure)
+    said = "; ".join(f"{path.stem}: {outcome.failure}" for path, outcome in failed[:SHOWN])
+    more = f" and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
+    raise StepError(f"{len(failed)} of {total} shards failed ({said}{more}); mend it and start again: the rest is done")
+
+
+def _note(part: Path, outcome: Outcome[float], attempt_number: int) -> None:
+    line = {
+        "shard": part.stem.removeprefix("manifest-"),
+        "status": "failed" if outcome.failure else "done",
+        "seconds": round(outcome.value or 0.0, 3),
+        "attempt": attempt_number,
+        "error": outcome.failure,
+        "host": socket.gethostname(),
+    }
+    with (part.parent / STATUS).open("a") as handle:
+        handle.write(json.dumps(line) + "\n")
+
+
+def _outcomes(
+    function: _Timed, tasks: Sequence[AnyTask], executor: ExecutorConfig, workers: int
+) -> Iterator[Outcome[float]]:
+    match executor.kind:
+        case "pool":
+            yield from run_tasks(function, tasks, workers)
+        case "sequential":
+            try:
+                for index, task in enumerate(tasks):
+                    outcome = attempt(function, task)
+                    yield Outcome(index, outcome.value, outcome.failure, outcome.error_number)
+            finally:
+                stop_isolated()
+        case "ray":
+            yield from _ray_outcomes(function, tasks, executor.ray_address, workers)
+
+
+def _ray_outcomes(function: _Timed, tasks: Sequence[AnyTask], address: str, workers: int) -> Iterator[Outcome[float]]:
+    """By Ray Data: a row a task. All machines of the cluster must see the same folders."""
     try:
-        value, failure = worker.pipe.recv()
-        return Outcome(worker.index, value, failure)
-    except (EOFError, ConnectionResetError):
-        worker.process.join()
-        return Outcome(worker.index, failure=f"crashed: the worker ended with code {worker.process.exitcode}")
+        import ray
+    except ImportError:
+        raise StepError("executor.kind is ray, which is not installed: pip install 'opensora-workflow[ray]'") from None
+    if not ray.is_initialized():
+        where: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for row in data.map(_RayCall(function), concurrency=workers).iter_rows():
+        yield pickle.loads(row["outcome"])
+
+
+@dataclass(frozen=True)
+class _RayCall:
+    function: _Timed
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        outcome = attempt(self.function, pickle.loads(row["task"]))
+        value = Outcome(int(row["index"]), outcome.value, outcome.failure, outcome.error_number)
+        return {"outcome": pickle.dumps(value)}

@@ -1,96 +1,89 @@
 """The step `score`: scores as columns first, thresholds on them second, the reason of every drop recorded."""
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from opensora.config import ScoreConfig
-from opensora.data.executor import run_tasks
+from opensora.config import ExecutorConfig, ScoreConfig
+from opensora.data.executor import run_shards
 from opensora.data.shards import read_clip
 from opensora.data.video import read_frames
-from opensora.manifest import Clip, drop_reasons, kept_clips, read_manifest, write_manifest
-from opensora.progress import track
+from opensora.data.workers import advance
+from opensora.manifest import (
+    Clip,
+    Tally,
+    count_rows,
+    list_parts,
+    manifest_hash,
+    read_manifest,
+    read_part,
+    write_part,
+)
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report
 
 BLACK = 16  # of 255, darker pixels are black
 SMALL = 128  # pixels of the longer side on which motion is measured
 MOTION_FPS = 2.0  # frames a second that motion looks at
-BATCH = 16  # clips a task
-TIMEOUT_S = 300.0  # a task
-SCORES = "scores.jsonl"
 
 
 @dataclass(frozen=True)
 class Task:
-    """Some clips and the folder of their shards."""
+    """One shard of clips to measure."""
 
-    clips: list[Clip]
-    shards: Path
+    inputs: Path  # part of the split step's manifest; its folder holds the tar files
+    part: Path  # the same rows with scores
 
 
-def run(config: ScoreConfig, inputs: Path, output: Path) -> Report:
+def run(config: ScoreConfig, inputs: Path, output: Path, executor: ExecutorConfig) -> Report:
     """Score the kept clips of the split step in `inputs`, then apply the thresholds.
 
-    Scores are kept beside the step, by clip: another threshold decodes nothing again.
+    Scores are kept beside the step: another threshold decodes nothing again.
 
     Raises:
         StepError: no clip passes.
     """
-    clips = read_manifest(inputs / "manifest.parquet")
-    folder = StepFolder(output, fingerprint(config.model_dump(), [asdict(clip) for clip in clips]))
+    given = manifest_hash(inputs)
+    folder = StepFolder(output, fingerprint(config.model_dump(exclude={"workers"}), given))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
-    known = _score_all(kept_clips(clips), inputs, output.parent / ".cache" / SCORES, config.workers)
-    scored = [replace(clip, scores=known.get(clip.clip_id, {})) if clip.kept else clip for clip in clips]
-    scored = apply_thresholds(add_duplicate_distance(scored), config)
-    write_manifest(work / "manifest.parquet", scored)
-    if not kept_clips(scored):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in drop_reasons(scored).items())
-        raise StepError(f"no clip passes the thresholds ({reasons}); lower them in params.yaml under `score`")
-    kept = kept_clips(scored)
-    return folder.finish(Report("score", total=len(scored), kept=len(kept), dropped=drop_reasons(scored)))
+    cache = output.parent / ".cache" / f"scores-{given[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    tasks = [Task(part, cache / part.name) for part in list_parts(inputs)]
+    run_shards(score_shard, tasks, executor, config.workers, "scoring clips", count_rows(inputs))
+    scored = apply_thresholds(add_duplicate_distance(read_manifest(cache)), config)
+    tally = Tally().add(scored)
+    start = 0
+    for part in list_parts(inputs):
+        end = start + len(read_part(part))
+        write_part(work / part.name, scored[start:end])
+        start = end
+    if not tally.kept:
+        raise StepError(f"no clip passes the thresholds ({tally.reasons}); lower them in params.yaml under `score`")
+    return folder.finish(Report("score", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped)))
 
 
-def _score_all(clips: list[Clip], shards: Path, cache: Path, workers: int) -> dict[str, dict[str, float]]:
-    """Scores by clip id; those in the cache are not computed again, new ones are appended to it."""
-    known: dict[str, dict[str, float]] = {}
-    if cache.is_file():
-        for line in cache.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a run that was killed
-            known[row["clip_id"]] = row["scores"]
-    new = [clip for clip in clips if clip.clip_id not in known]
-    tasks = [Task(new[start : start + BATCH], shards) for start in range(0, len(new), BATCH)]
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with cache.open("a") as handle:
-        for outcome in track(run_tasks(score_clips, tasks, workers, TIMEOUT_S), len(tasks), "scoring clips"):
-            if outcome.value is None:
-                raise StepError(f"scoring failed: {outcome.failure}")
-            for clip_id, scores in outcome.value:
-                known[clip_id] = scores
-                handle.write(json.dumps({"clip_id": clip_id, "scores": scores}) + "\n")
-            handle.flush()
-    return known
-
-
-def score_clips(task: Task) -> list[tuple[str, dict[str, float]]]:
-    """(clip id, scores) of every clip of a task."""
+def score_shard(task: Task) -> None:
+    """Measure the kept clips of one part."""
     cv2.setNumThreads(1)
-    return [(clip.clip_id, measure(read_frames(read_clip(task.shards, clip)), clip.fps)) for clip in task.clips]
+    rows = []
+    for clip in read_part(task.inputs):
+        if clip.kept:
+            frames = read_frames(read_clip(task.inputs.parent, clip))
+            grey = cv2.cvtColor(frames[len(frames) // 2], cv2.COLOR_RGB2GRAY)
+            clip = replace(clip, scores=measure(frames, clip.fps), perceptual_hash=f"{perceptual_hash(grey):016x}")
+        rows.append(clip)
+        advance()
+    write_part(task.part, rows)
 
 
 def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
-    """Scores of a clip uint8 [T, H, W, 3]; the hash stands as its two 32-bit halves, which floats hold exactly."""
+    """Scores of a clip uint8 [T, H, W, 3]."""
     grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
     middle = grey[len(grey) // 2]
     difference = np.abs(np.diff(grey.astype(np.int16), axis=0)).mean() if len(grey) > 1 else 0.0
-    high, low = divmod(perceptual_hash(middle), 1 << 32)
     return {
         "duration_s": len(frames) / fps,
         "short_side": float(min(frames.shape[1:3])),
@@ -99,8 +92,6 @@ def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
         "frame_difference": float(difference),
         "sharpness": float(cv2.Laplacian(middle, cv2.CV_64F).var()),
         "motion": motion(grey, fps),
-        "hash_high": float(high),
-        "hash_low": float(low),
     }
 
 
@@ -135,7 +126,7 @@ def add_duplicate_distance(clips: list[Clip]) -> list[Clip]:
     result = []
     for clip in clips:
         if clip.kept:
-            value = np.uint64((int(clip.scores["hash_high"]) << 32) + int(clip.scores["hash_low"]))
+            value = np.uint64(int(clip.perceptual_hash, 16))
             distance = int(np.bitwise_count(seen ^ value).min()) if len(seen) else 64
             seen = np.append(seen, value)
             clip = replace(clip, scores=clip.scores | {"duplicate_distance": float(distance)})

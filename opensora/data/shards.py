@@ -13,10 +13,11 @@ HEADER = 512  # bytes of a ustar header
 
 
 class ShardWriter:
-    """Writes `clips-00000.tar`, …; a shard appears under its name when it is whole."""
+    """Writes the clips of part 3 to `clips-00003-00.tar`, …; a file appears under its name when it is whole."""
 
-    def __init__(self, folder: Path, limit_mib: int) -> None:
+    def __init__(self, folder: Path, index: int, limit_mib: int) -> None:
         self.folder = folder
+        self.index = index
         self.limit = limit_mib << 20
         self.count = 0
         self._tar: tarfile.TarFile | None = None
@@ -35,7 +36,7 @@ class ShardWriter:
     @property
     def name(self) -> str:
         """The shard being written."""
-        return f"clips-{self.count:05d}.tar"
+        return f"clips-{self.index:05d}-{self.count:02d}.tar"
 
     @property
     def _part(self) -> Path:

@@ -9,21 +9,43 @@ from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
 
-from opensora.config import SplitConfig
-from opensora.data.executor import run_tasks
+from opensora.config import ExecutorConfig, SplitConfig
+from opensora.data.executor import run_shards
 from opensora.data.shards import ShardWriter
 from opensora.data.video import ClipWriter, VideoError, decode, probe
-from opensora.manifest import GIVEN, Clip, drop_reasons, kept_clips, read_manifest, write_manifest
-from opensora.progress import track
+from opensora.data.workers import advance, call_isolated
+from opensora.manifest import (
+    GIVEN,
+    Clip,
+    Span,
+    Tally,
+    count_rows,
+    list_parts,
+    manifest_hash,
+    part_index,
+    read_part,
+    write_part,
+)
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
 
 ROWS = "rows.json"
 MIN_OVERLAP = 0.5  # share of a clip that a given caption's span must cover
+THRESHOLD = 27.0  # of ContentDetector
 DEFAULT_FPS = 25.0  # where a container does not say
 
 
 @dataclass(frozen=True)
 class Task:
+    """One shard of videos."""
+
+    config: SplitConfig
+    inputs: Path  # part of the download step's manifest
+    base: Path  # folder of all steps
+    part: Path
+
+
+@dataclass(frozen=True)
+class Job:
     """One video to split, and the folder for its clips."""
 
     video: Clip
@@ -32,65 +54,78 @@ class Task:
     config: SplitConfig
 
 
-def run(config: SplitConfig, inputs: Path, output: Path) -> Report:
+def run(config: SplitConfig, inputs: Path, output: Path, executor: ExecutorConfig) -> Report:
     """Split the kept videos of the download step in `inputs`; see the step contract in the module `step`.
 
     Raises:
         StepError: nothing is left, or more than `max_bad_share` of the videos is bad.
     """
-    videos = read_manifest(inputs / "manifest.parquet")
-    folder = StepFolder(output, fingerprint(config.model_dump(), [asdict(video) for video in videos]))
+    settings = config.model_dump(exclude={"workers", "video_timeout_s", "max_bad_share"})
+    folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs)))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
-    scratch = work / "videos"
-    tasks = [Task(video, inputs / video.path, scratch / video.clip_id, config) for video in kept_clips(videos)]
-    left = [task for task in tasks if not (task.folder / ROWS).is_file()]
-    outcomes = run_tasks(split_video, left, config.workers, config.video_timeout_s)
-    for outcome in track(outcomes, len(left), "splitting videos"):
-        if outcome.failure:
-            task = left[outcome.index]
-            shutil.rmtree(task.folder, ignore_errors=True)
-            task.folder.mkdir(parents=True)
-            write_json(task.folder / ROWS, [asdict(replace(task.video, kept=False, reason=outcome.failure))])
-    clips = [video for video in videos if not video.kept]
-    clips += _pack(work, tasks, config.shard_mib)
-    write_manifest(work / "manifest.parquet", clips)
-    _check(clips, videos, config.max_bad_share)
-    shutil.rmtree(scratch, ignore_errors=True)
-    kept = kept_clips(clips)
-    return folder.finish(Report("split", total=len(clips), kept=len(kept), dropped=drop_reasons(clips)))
+    tasks = [Task(config, part, output.parent, work / part.name) for part in list_parts(inputs)]
+    run_shards(split_shard, tasks, executor, config.workers, "splitting videos", count_rows(inputs))
+    tally = Tally()
+    videos: dict[str, bool] = {}
+    for path in list_parts(work):
+        clips = read_part(path)
+        tally.add(clips)
+        for clip in clips:
+            videos[clip.source] = videos.get(clip.source, False) or clip.kept
+    _check(tally, videos, config.max_bad_share)
+    shutil.rmtree(work / "videos", ignore_errors=True)
+    return folder.finish(Report("split", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped)))
 
 
-def _pack(work: Path, tasks: list[Task], shard_mib: int) -> list[Clip]:
-    """Put every finished clip into the shards, in the videos' order, whatever order they were cut in."""
-    for old in work.glob("clips-*"):
+def split_shard(task: Task) -> None:
+    """Split the videos of one part into the tar files and the part of the same number."""
+    scratch = task.part.parent / "videos"
+    rows = []
+    jobs = []
+    for video in read_part(task.inputs):
+        if not video.kept:
+            rows.append(video)
+            advance()
+            continue
+        job = Job(video, task.base / video.path, scratch / video.clip_id, task.config)
+        jobs.append(job)
+        if not (job.folder / ROWS).is_file():
+            outcome = call_isolated(split_video, job, task.config.video_timeout_s)
+            if outcome.failure:
+                shutil.rmtree(job.folder, ignore_errors=True)
+                job.folder.mkdir(parents=True)
+                write_json(job.folder / ROWS, [asdict(replace(video, kept=False, reason=outcome.failure))])
+        advance()
+    index = part_index(task.part)
+    for old in task.part.parent.glob(f"clips-{index:05d}-*"):
         old.unlink()
-    writer = ShardWriter(work, shard_mib)
-    clips = []
-    for task in tasks:
-        for row in json.loads((task.folder / ROWS).read_text()):
-            clip = Clip(**row)
+    writer = ShardWriter(task.part.parent, index, task.config.shard_mib)
+    for job in jobs:
+        for row in json.loads((job.folder / ROWS).read_text()):
+            clip = Clip(**row | {"spans": tuple(Span(**span) for span in row["spans"])})
             if clip.kept:
-                data = (task.folder / f"{clip.clip_id}.mp4").read_bytes()
+                data = (job.folder / f"{clip.clip_id}.mp4").read_bytes()
                 about = {"source": clip.source, "start_s": clip.start_s, "end_s": clip.end_s}
                 shard, offset, size = writer.add(clip.clip_id, data, about)
                 clip = replace(clip, shard=shard, offset=offset, size=size)
-            clips.append(clip)
+            rows.append(clip)
     writer.close()
-    return clips
+    write_part(task.part, rows)
+    for job in jobs:
+        shutil.rmtree(job.folder, ignore_errors=True)
 
 
-def _check(clips: list[Clip], videos: list[Clip], max_bad_share: float) -> None:
-    bad = sum(1 for clip in clips if not clip.kept)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in drop_reasons(clips).items())
-    if not kept_clips(clips):
-        raise StepError(f"no clip is left after splitting {len(videos)} videos ({reasons}); look at the videos")
+def _check(tally: Tally, videos: dict[str, bool], max_bad_share: float) -> None:
+    bad = sum(not good for good in videos.values())
+    if not tally.kept:
+        raise StepError(f"no clip is left after splitting {len(videos)} videos ({tally.reasons}); look at the videos")
     if bad > max_bad_share * len(videos):
-        raise StepError(f"{bad} of {len(videos)} videos are bad ({reasons}); raise split.max_bad_share to go on")
+        raise StepError(f"{bad} of {len(videos)} videos are bad ({tally.reasons}); raise split.max_bad_share to go on")
 
 
-def split_video(task: Task) -> int:
+def split_video(task: Job) -> int:
     """Cut one video into clips below `task.folder`; rows.json, written last, says that it is done.
 
     Raises:
@@ -100,7 +135,7 @@ def split_video(task: Task) -> int:
     task.folder.mkdir(parents=True)
     about = probe(task.path)
     spans = find_shots(task.path, task.config, about.fps or DEFAULT_FPS)
-    captions = _given_captions(task.path)
+    captions = task.video.spans
     rows = []
     for clip, data in cut(task.path, task.video, spans, task.config, about.fps or DEFAULT_FPS):
         (task.folder / f"{clip.clip_id}.mp4").write_bytes(data)
@@ -122,7 +157,9 @@ def find_shots(path: Path, config: SplitConfig, fps: float) -> list[tuple[float,
         video = open_video(str(path), backend="pyav", suppress_output=True, threading_mode="SLICE")
         manager = SceneManager()
         manager.add_detector(
-            ContentDetector(threshold=config.threshold, min_scene_len=max(1, round(config.min_shot_s * fps)))
+            ContentDetector(
+                threshold=config.threshold or THRESHOLD, min_scene_len=max(1, round(config.min_shot_s * fps))
+            )
         )
         manager.detect_scenes(video)
         shots = [(start.seconds, end.seconds) for start, end in manager.get_scene_list(start_in_scene=True)]
@@ -180,6 +217,7 @@ def _clip(video: Clip, span: tuple[float, float], writer: ClipWriter, fps: Fract
         video,
         clip_id=identity,
         path="",
+        spans=(),
         start_s=span[0],
         end_s=span[1],
         frames=writer.frames,
@@ -190,17 +228,11 @@ def _clip(video: Clip, span: tuple[float, float], writer: ClipWriter, fps: Fract
     return clip, data
 
 
-def _given_captions(path: Path) -> list[dict]:
-    """Captions that came with the video: a list of {start_s, end_s, caption}."""
-    side = path.with_suffix(".captions.json")
-    return json.loads(side.read_text()) if side.is_file() else []
-
-
-def _with_caption(clip: Clip, captions: list[dict]) -> Clip:
+def _with_caption(clip: Clip, captions: tuple[Span, ...]) -> Clip:
     """The clip with the given caption whose span covers most of it, if any covers enough."""
     best, most = "", MIN_OVERLAP * (clip.end_s - clip.start_s)
     for item in captions:
-        overlap = min(clip.end_s, item["end_s"]) - max(clip.start_s, item["start_s"])
+        overlap = min(clip.end_s, item.end_s) - max(clip.start_s, item.start_s)
         if overlap >= most:
-            best, most = item["caption"], overlap
+            best, most = item.caption, overlap
     return replace(clip, caption=best, caption_model=GIVEN) if best else clip

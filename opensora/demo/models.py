@@ -28,7 +28,7 @@ def run(config: Config, score: Path, split: Path, output: Path) -> Report:
     if folder.is_done():
         return read_report(output)
     work = folder.open()
-    clips = kept_clips(read_manifest(score / "manifest.parquet"))
+    clips = kept_clips(read_manifest(score))
     _make_text_encoder(work, config)
     jobs = {"vae": _train_vae, "llava": _train_llava}
     # Neither fills two cores, so each gets one.

@@ -2,16 +2,14 @@
 
 import json
 import logging
-import os
 import sys
-import threading
-import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora.config import TRAIN_STEPS, Config, TrainConfig, UserError, build_config
 from opensora.manifest import kept_clips, read_manifest
+from opensora.process import end_with_parent
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
 from opensora.weights import find_weights
 
@@ -110,7 +108,7 @@ def train_in_process(work: Path) -> None:
     config, stage, encode = build_config(job["config"]), job["stage"], Path(job["encode"])
     train: TrainConfig = getattr(config, stage)
     engine = build_engine(train)
-    clips = kept_clips(read_manifest(encode / "manifest.parquet"))
+    clips = kept_clips(read_manifest(encode))
     data = LatentDataset(
         encode, clips, train.height, train.width, train.frames, train.frame_interval, config.encode.max_tokens
     )
@@ -176,20 +174,8 @@ def stage_before(stage: str) -> str | None:
     return TRAIN_STEPS[index - 1] if index else None
 
 
-def _end_with_parent() -> None:
-    """End this process when its launcher is gone: two runs of one stage must never write side by side."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="end with parent").start()
-
-
 def _main() -> int:
-    _end_with_parent()
+    end_with_parent()
     from opensora.training.train import Stopped
 
     try:

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opensora.config import CaptionConfig, load_config
+from opensora.config import CaptionConfig, ExecutorConfig, load_config
 from opensora.data import caption
-from opensora.data.caption import CUT_OFF, LINES, Captioner, pick_frames
+from opensora.data.caption import CUT_OFF, Captioner, pick_frames
 from opensora.demo.captioner import caption_exact_match, train_llava
 from opensora.demo.shapes import all_scenes, detect, render_clip
-from opensora.manifest import GIVEN, Clip, read_manifest
+from opensora.manifest import GIVEN, Clip, list_parts, read_manifest, read_part, write_part
 from opensora.step import StepError
 from tests.conftest import ROOT
 
+EXECUTOR = ExecutorConfig(kind="sequential", retries=0)
 CONFIG = load_config(ROOT / "params.yaml", "smoke").caption
 
 
@@ -52,15 +53,15 @@ def seer(monkeypatch: pytest.MonkeyPatch) -> type[Seer]:
 
 def run(clips: Path, model: Path, output: Path, **changes: object) -> list[Clip]:
     config = CONFIG.model_copy(update={"batch_size": 3, **changes})
-    caption.run(config, clips / "score", clips / "split", model, output)
-    return read_manifest(output / "manifest.parquet")
+    caption.run(config, clips / "score", clips / "split", model, output, EXECUTOR)
+    return read_manifest(output)
 
 
 def test_every_caption_is_on_its_own_clip(clips: Path, llava: Path, tmp_path: Path, seer: type[Seer]) -> None:
     rows = run(clips, llava, tmp_path / "caption")
     assert seer.said == sum(row.caption_model == "llava" for row in rows) == len(rows) // 2
-    assert caption_exact_match(tmp_path / "caption" / "manifest.parquet", clips / "demo_videos" / "truth.json") == 1
-    before = {row.clip_id: row.caption for row in read_manifest(clips / "score" / "manifest.parquet") if row.caption}
+    assert caption_exact_match(tmp_path / "caption", clips / "demo_videos" / "truth.json") == 1
+    before = {row.clip_id: row.caption for row in read_manifest(clips / "score") if row.caption}
     given = {row.clip_id: row.caption for row in rows if row.caption_model == GIVEN}
     assert given == before
     assert len(given) == len(rows) // 2
@@ -82,7 +83,7 @@ def test_a_stopped_run_goes_on_after_its_last_whole_line(
     monkeypatch.setattr(caption, "Captioner", Stops)
     with pytest.raises(KeyboardInterrupt):
         run(clips, llava, tmp_path / "caption")
-    lines = tmp_path / ".partial" / "caption" / LINES
+    lines = tmp_path / ".partial" / "caption" / "captions-00000.jsonl"
     lines.write_text(lines.read_text()[:-9])  # the last line is torn
     done = len(lines.read_text().splitlines()) - 1
     Seer.said = 0
@@ -117,16 +118,12 @@ def test_the_real_model_marks_what_reached_the_limit(clips: Path, llava: Path) -
 def test_a_chain_without_any_caption_stops(clips: Path, llava: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from opensora.manifest import write_manifest
-
     shutil.copytree(clips / "score", tmp_path / "score")
-    rows = read_manifest(clips / "score" / "manifest.parquet")
-    write_manifest(
-        tmp_path / "score" / "manifest.parquet", [replace(row, caption="", caption_model="") for row in rows]
-    )
+    for path in list_parts(tmp_path / "score"):
+        write_part(path, [replace(row, caption="", caption_model="") for row in read_part(path)])
     config = CONFIG.model_copy(update={"max_new_tokens": 1})
     with pytest.raises(StepError, match=r"raise|max_new_tokens"):
-        caption.run(config, tmp_path / "score", clips / "split", llava, tmp_path / "caption")
+        caption.run(config, tmp_path / "score", clips / "split", llava, tmp_path / "caption", EXECUTOR)
     assert not (tmp_path / "caption").exists()
 
 
@@ -134,7 +131,7 @@ def test_frames_are_picked_by_position(clips: Path) -> None:
     from opensora.data.shards import read_clip
     from opensora.data.video import read_frames
 
-    clip = read_manifest(clips / "score" / "manifest.parquet")[0]
+    clip = read_manifest(clips / "score")[0]
     data = read_clip(clips / "split", clip)
     frames = read_frames(data)
     picked = pick_frames(data, (0.0, 0.5, 1.0))
@@ -144,7 +141,7 @@ def test_frames_are_picked_by_position(clips: Path) -> None:
 def test_captions_are_one_json_a_line(clips: Path, llava: Path, tmp_path: Path, seer: type[Seer]) -> None:
     folder = tmp_path / "lines"
     folder.mkdir()
-    rows = [row for row in read_manifest(clips / "score" / "manifest.parquet") if not row.caption][:2]
-    known = caption._caption(rows, clips / "split", Seer(llava, CONFIG), folder / LINES)
-    lines = [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+    rows = [row for row in read_manifest(clips / "score") if not row.caption][:2]
+    known = caption._caption(rows, clips / "split", Seer(llava, CONFIG), folder / "lines.jsonl")
+    lines = [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
     assert {line["clip_id"]: line["caption"] for line in lines} == known

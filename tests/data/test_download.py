@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from opensora.clip_file import write_clip
-from opensora.config import DownloadConfig
+from opensora.config import DownloadConfig, ExecutorConfig
 from opensora.data.download import DownloadError, fetch, list_items, run
-from opensora.manifest import read_manifest
+from opensora.manifest import Span, read_manifest
 from opensora.step import StepError
 from tests.shared import shared
 
 CONTENT = bytes(range(256)) * 4000
+EXECUTOR = ExecutorConfig(kind="sequential")
 CONFIG = DownloadConfig(allow_private_hosts=True, retries=5, timeout_s=5)
 
 
@@ -98,21 +99,21 @@ def test_a_folder_with_good_and_bad_files(tmp_path: Path) -> None:
     video(source / "a b.mp4")
     video(source / "copy.mp4")
     video(source / "other.mp4", seed=1)
-    (source / "other.captions.json").write_text("[]")
+    (source / "other.captions.json").write_text('[{"start_s": 0, "end_s": 0.5, "caption": "noise"}]')
     (source / "text.mp4").write_text("no video")
     (source / "empty.mp4").write_bytes(b"")
-    report = run(DownloadConfig(max_bad_share=0.9), str(source), tmp_path / "download")
+    report = run(DownloadConfig(max_bad_share=0.9), str(source), tmp_path / "download", EXECUTOR)
     assert (report.total, report.kept) == (5, 2)
     assert report.dropped == {"duplicate": 1, "unreadable": 1, "empty": 1}
-    rows = {Path(row.source).name: row for row in read_manifest(tmp_path / "download" / "manifest.parquet")}
+    rows = {Path(row.source).name: row for row in read_manifest(tmp_path / "download")}
     assert (rows["a b.mp4"].width, rows["a b.mp4"].fps) == (32, 8.0)
-    path = tmp_path / "download" / rows["other.mp4"].path
-    assert path.with_suffix(".captions.json").is_file()
+    assert rows["other.mp4"].spans == (Span(0.0, 0.5, "noise"),)
+    assert (tmp_path / rows["other.mp4"].path).is_file()
 
 
 def test_real_bad_videos_are_recorded(tmp_path: Path) -> None:
-    report = run(DownloadConfig(), str(shared("videos")), tmp_path / "download")
-    rows = read_manifest(tmp_path / "download" / "manifest.parquet")
+    report = run(DownloadConfig(), str(shared("videos")), tmp_path / "download", EXECUTOR)
+    rows = read_manifest(tmp_path / "download")
     bad = {Path(row.source).name: row.reason for row in rows if not row.kept}
     assert set(bad) == {path.name for path in shared("videos").glob("bad_*")}
     assert all(bad.values())
@@ -123,9 +124,9 @@ def test_a_list_with_a_dead_entry(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
     lines = [{"url": "a.mp4", "licence": "CC0-1.0"}, {"url": "gone.mp4"}, {"url": "a.mp4", "sha256": "00"}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    report = run(DownloadConfig(max_bad_share=0.9), str(tmp_path / "list.jsonl"), tmp_path / "download")
+    report = run(DownloadConfig(max_bad_share=0.9), str(tmp_path / "list.jsonl"), tmp_path / "download", EXECUTOR)
     assert report.dropped == {"missing": 1, "wrong content": 1}
-    assert read_manifest(tmp_path / "download" / "manifest.parquet")[0].licence == "CC0-1.0"
+    assert read_manifest(tmp_path / "download")[0].licence == "CC0-1.0"
 
 
 def test_a_list_of_open_sora_s_form_gives_captions(tmp_path: Path) -> None:
@@ -134,21 +135,21 @@ def test_a_list_of_open_sora_s_form_gives_captions(tmp_path: Path) -> None:
 
     video(tmp_path / "a.mp4")
     (tmp_path / "list.csv").write_text('path,caption,frames\na.mp4,"a cat, and a dog",16\n')
-    run(DownloadConfig(), str(tmp_path / "list.csv"), tmp_path / "download")
-    split.run(SplitConfig(workers=1), tmp_path / "download", tmp_path / "split")
-    rows = read_manifest(tmp_path / "split" / "manifest.parquet")
+    run(DownloadConfig(), str(tmp_path / "list.csv"), tmp_path / "download", EXECUTOR)
+    split.run(SplitConfig(workers=1), tmp_path / "download", tmp_path / "split", EXECUTOR)
+    rows = read_manifest(tmp_path / "split")
     assert {(row.caption, row.caption_model) for row in rows} == {("a cat, and a dog", "given")}
 
 
 def test_twice_is_once(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     video(tmp_path / "in" / "a.mp4")
-    first = run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download")
-    stamp = (tmp_path / "download" / "manifest.parquet").stat().st_mtime_ns
-    assert run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download") == first
-    assert (tmp_path / "download" / "manifest.parquet").stat().st_mtime_ns == stamp
+    first = run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download", EXECUTOR)
+    stamp = (tmp_path / "download").stat().st_mtime_ns
+    assert run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download", EXECUTOR) == first
+    assert (tmp_path / "download").stat().st_mtime_ns == stamp
     video(tmp_path / "in" / "b.mp4", seed=2)
-    assert run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download").kept == 2
+    assert run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download", EXECUTOR).kept == 2
 
 
 @pytest.mark.parametrize(
@@ -165,5 +166,5 @@ def test_nothing_usable_fails_with_the_reasons(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.mp4").write_text("no video")
     with pytest.raises(StepError, match="1 unreadable"):
-        run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download")
+        run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download", EXECUTOR)
     assert not (tmp_path / "download").exists()

@@ -7,17 +7,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from opensora.config import EncodeConfig, load_config
+from opensora.config import EncodeConfig, ExecutorConfig, load_config
 from opensora.data import encode
 from opensora.data.encode import group_clips, resize_cover
 from opensora.data.shards import read_clip
 from opensora.data.video import read_frames
-from opensora.manifest import Clip, kept_clips, read_manifest, write_manifest
+from opensora.manifest import Clip, kept_clips, part_name, read_manifest, write_part
 from opensora.models.text import TextEncoder
 from opensora.models.vae import FrameVAE
 from opensora.step import StepError
 from tests.conftest import ROOT
 
+EXECUTOR = ExecutorConfig(kind="sequential", retries=0)
 CONFIG = load_config(ROOT / "params.yaml", "smoke").encode.model_copy(update={"workers": 1})
 
 
@@ -25,10 +26,10 @@ CONFIG = load_config(ROOT / "params.yaml", "smoke").encode.model_copy(update={"w
 def captioned(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four clips with captions, one of them dropped."""
     folder = tmp_path_factory.mktemp("caption")
-    rows = read_manifest(clips / "score" / "manifest.parquet")[:4]
+    rows = read_manifest(clips / "score")[:4]
     rows = [replace(row, caption="a red circle moving left" if n else "a square") for n, row in enumerate(rows)]
     rows[3] = replace(rows[3], kept=False, reason="dark")
-    write_manifest(folder / "manifest.parquet", rows)
+    write_part(folder / part_name(0), rows)
     return folder
 
 
@@ -37,13 +38,13 @@ def encoded(
     clips: Path, captioned: Path, vae: Path, text_encoder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     output = tmp_path_factory.mktemp("encoded") / "encode"
-    report = encode.run(CONFIG, captioned, clips / "split", vae, text_encoder, output)
+    report = encode.run(CONFIG, captioned, clips / "split", vae, text_encoder, output, EXECUTOR)
     assert (report.total, report.kept, report.dropped) == (4, 3, {"dark": 1})
     return output
 
 
 def test_latents_are_those_of_the_frames(encoded: Path, clips: Path, vae: Path, text_encoder: Path) -> None:
-    rows = read_manifest(encoded / "manifest.parquet")
+    rows = read_manifest(encoded)
     assert not rows[3].latent_shard
     model, text = FrameVAE(vae), TextEncoder(text_encoder)
     for row in kept_clips(rows):
@@ -64,16 +65,16 @@ def test_a_stopped_run_encodes_only_what_is_missing(
     encoded: Path, clips: Path, captioned: Path, vae: Path, text_encoder: Path, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"shard_mib": 1, "sizes": ((384, 384), (32, 32))})
-    rows = read_manifest(captioned / "manifest.parquet")
+    rows = read_manifest(captioned)
     assert len(group_clips(kept_clips(rows), config)) > 1
     hurt = tmp_path / "split"
     hurt.mkdir()
-    with pytest.raises(StepError, match=r"latents-00000\.safetensors failed"):
-        encode.run(config, captioned, hurt, vae, text_encoder, tmp_path / "encode")
+    with pytest.raises(StepError, match="1 of 1 shards failed"):
+        encode.run(config, captioned, hurt, vae, text_encoder, tmp_path / "encode", EXECUTOR)
     assert not (tmp_path / "encode").exists()
     work = tmp_path / ".partial" / "encode"
     assert not list(work.glob("*.safetensors"))
-    encode.run(config, captioned, clips / "split", vae, text_encoder, tmp_path / "encode")
+    encode.run(config, captioned, clips / "split", vae, text_encoder, tmp_path / "encode", EXECUTOR)
     assert len(list((tmp_path / "encode").glob("*.safetensors"))) > 1
     assert not list((tmp_path / "encode").glob("*.part"))
 

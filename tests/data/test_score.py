@@ -3,15 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
-from opensora.config import ScoreConfig
+from opensora.config import ExecutorConfig, ScoreConfig
 from opensora.data import score
-from opensora.data.score import add_duplicate_distance, apply_thresholds, measure
+from opensora.data.score import add_duplicate_distance, apply_thresholds, measure, perceptual_hash
 from opensora.manifest import Clip, kept_clips, read_manifest
 from opensora.step import StepError
 
+EXECUTOR = ExecutorConfig(kind="sequential")
 RNG = np.random.default_rng(0)
 NOISE = np.kron(RNG.integers(0, 255, (16, 16, 3)), np.ones((4, 4, 1))).astype(np.uint8)  # blocks of four pixels
 
@@ -33,9 +35,9 @@ def test_scores_measure_what_they_say() -> None:
 
 def test_the_first_missed_threshold_is_the_reason() -> None:
     clips = [
-        Clip("a", "x", scores=measure(moving(1), 8)),
-        Clip("b", "x", scores=measure(moving(0), 8)),
-        Clip("c", "x", scores=measure(np.zeros((8, 64, 64, 3), np.uint8), 8)),
+        Clip("a", "x", scores=measure(moving(1), 8), perceptual_hash="01"),
+        Clip("b", "x", scores=measure(moving(0), 8), perceptual_hash="02"),
+        Clip("c", "x", scores=measure(np.zeros((8, 64, 64, 3), np.uint8), 8), perceptual_hash="04"),
         Clip("d", "x", kept=False, reason="unreadable"),
     ]
     config = ScoreConfig(min_short_side=32)
@@ -47,23 +49,26 @@ def test_the_first_missed_threshold_is_the_reason() -> None:
 
 
 def test_duplicates_are_found_against_earlier_clips() -> None:
-    scores = measure(moving(1), 8)
-    brighter = measure((moving(1).astype(int) * 9 // 10).astype(np.uint8), 8)
-    other = measure(np.stack([np.rot90(frame) for frame in moving(1)]), 8)
-    clips = [Clip(name, "x", scores=value) for name, value in zip("abc", (scores, brighter, other), strict=True)]
+    first, scores = moving(1), measure(moving(1), 8)
+    darker = (first.astype(int) * 9 // 10).astype(np.uint8)
+    turned = np.stack([np.rot90(frame) for frame in first])
+    hashes = [perceptual_hash(cv2.cvtColor(frames[4], cv2.COLOR_RGB2GRAY)) for frames in (first, darker, turned)]
+    clips = [
+        Clip(name, "x", scores=scores, perceptual_hash=f"{bits:016x}") for name, bits in zip("abc", hashes, strict=True)
+    ]
     config = ScoreConfig(max_duplicate_distance=4)
     assert [clip.kept for clip in apply_thresholds(add_duplicate_distance(clips), config)] == [True, False, True]
 
 
 def test_another_threshold_decodes_nothing_again(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ScoreConfig(min_short_side=32, max_duplicate_distance=None)
-    score.run(config, clips / "split", tmp_path / "score")
-    first = read_manifest(tmp_path / "score" / "manifest.parquet")
-    monkeypatch.setattr(score, "score_clips", None)  # decoding again would fail
+    score.run(config, clips / "split", tmp_path / "score", EXECUTOR)
+    first = read_manifest(tmp_path / "score")
+    monkeypatch.setattr(score, "score_shard", None)  # decoding again would fail
     strict = config.model_copy(update={"min_duration_s": 100.0})
     with pytest.raises(StepError, match="16 short"):
-        score.run(strict, clips / "split", tmp_path / "score")
+        score.run(strict, clips / "split", tmp_path / "score", EXECUTOR)
     loose = config.model_copy(update={"min_duration_s": 0.1})
-    score.run(loose, clips / "split", tmp_path / "score")
-    second = read_manifest(tmp_path / "score" / "manifest.parquet")
+    score.run(loose, clips / "split", tmp_path / "score", EXECUTOR)
+    second = read_manifest(tmp_path / "score")
     assert [replace(clip) for clip in first] == second

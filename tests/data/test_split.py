@@ -1,7 +1,7 @@
 """Shots and clips: exact spans, normalised files, rotation, and what a real trailer holds."""
 
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import av
@@ -9,15 +9,17 @@ import cv2
 import numpy as np
 import pytest
 
-from opensora.config import DownloadConfig, SplitConfig
+from opensora.config import DownloadConfig, ExecutorConfig, SplitConfig
 from opensora.data import download, split
 from opensora.data.shards import read_clip
 from opensora.data.split import clip_size, cut
 from opensora.data.video import decode, read_frames
+from opensora.data.workers import Outcome
 from opensora.manifest import GIVEN, Clip, read_manifest
 from tests.shared import shared
 
-CONFIG = SplitConfig(max_short_side=64, shard_mib=1, max_clip_s=100)
+EXECUTOR = ExecutorConfig(kind="sequential")
+CONFIG = SplitConfig(given_spans=False, max_short_side=64, shard_mib=1, max_clip_s=100)
 
 
 def colours(path: Path, shots: list[int], fps: int = 10) -> Path:
@@ -42,9 +44,9 @@ def numbers(frames: np.ndarray) -> list[int]:
 
 
 def pack(source: Path, tmp_path: Path, config: SplitConfig = CONFIG) -> list[Clip]:
-    download.run(DownloadConfig(max_bad_share=0.9), str(source), tmp_path / "download")
-    split.run(config, tmp_path / "download", tmp_path / "split")
-    return read_manifest(tmp_path / "split" / "manifest.parquet")
+    download.run(DownloadConfig(max_bad_share=0.9), str(source), tmp_path / "download", EXECUTOR)
+    split.run(config, tmp_path / "download", tmp_path / "split", EXECUTOR)
+    return read_manifest(tmp_path / "split")
 
 
 def test_shots_are_cut_to_the_frame(tmp_path: Path) -> None:
@@ -120,35 +122,34 @@ def test_small_videos_are_not_scaled_up() -> None:
     assert clip_size(63, 47, 512) == (62, 46)
 
 
-def test_the_number_of_workers_does_not_change_a_byte(clips: Path, tmp_path: Path) -> None:
+def test_the_executor_does_not_change_a_byte(clips: Path, tmp_path: Path) -> None:
     from opensora.config import load_config
     from tests.conftest import ROOT
 
-    config = load_config(ROOT / "params.yaml", "smoke").split.model_copy(update={"workers": 1})
-    split.run(config, clips / "download", tmp_path / "split")
-    for path in sorted((clips / "split").glob("clips-*.tar")):
+    config = load_config(ROOT / "params.yaml", "smoke").split
+    shutil.copytree(clips / "videos", tmp_path / "videos")
+    split.run(config, clips / "download", tmp_path / "split", EXECUTOR)
+    for path in sorted((clips / "split").glob("*.[tp]a*")):
         assert path.read_bytes() == (tmp_path / "split" / path.name).read_bytes()
 
 
 def test_a_stopped_run_goes_on_with_the_videos_that_are_left(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = []
+    begun = []
 
-    def stop_after_two(function, tasks, workers, timeout_s):  # type: ignore[no-untyped-def]
-        for index, task in enumerate(tasks):
-            done.append(task.video.clip_id)
-            if len(done) == 3:
-                raise KeyboardInterrupt
-            yield replace(split_outcome, index=index, value=function(task))
+    def stop_at_the_third(function, job, timeout_s):  # type: ignore[no-untyped-def]
+        begun.append(job.video.clip_id)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return Outcome(0, function(job))
 
-    from opensora.data.executor import Outcome
-
-    split_outcome: Outcome = Outcome(0)
-    monkeypatch.setattr(split, "run_tasks", stop_after_two)
+    shutil.copytree(clips / "download", tmp_path / "download")
+    shutil.copytree(clips / "videos", tmp_path / "videos")
+    monkeypatch.setattr(split, "call_isolated", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        split.run(CONFIG, clips / "download", tmp_path / "split")
+        split.run(CONFIG, tmp_path / "download", tmp_path / "split", EXECUTOR)
     assert not (tmp_path / "split").exists()
-    split.run(CONFIG, clips / "download", tmp_path / "split")
-    assert len(done) == 3 + 2  # four videos: two were kept, the third was begun twice
-    assert len(read_manifest(tmp_path / "split" / "manifest.parquet")) == 16
+    split.run(CONFIG, tmp_path / "download", tmp_path / "split", EXECUTOR)
+    assert len(begun) == 3 + 2  # four videos: two were kept, the third was begun twice
+    assert len(read_manifest(tmp_path / "split")) == 16

@@ -7,7 +7,7 @@ import numpy as np
 
 from opensora.demo.captioner import caption_exact_match, train_llava
 from opensora.demo.shapes import all_scenes, render_clip
-from opensora.manifest import GIVEN, Clip, write_manifest
+from opensora.manifest import GIVEN, Clip, part_name, write_part
 
 
 def test_it_learns_and_loads_like_a_real_one(tmp_path: Path) -> None:
@@ -36,5 +36,5 @@ def test_exact_match_leaves_given_captions_out(tmp_path: Path) -> None:
         Clip("b", "http://x/v.mp4", caption="a red square moving up", caption_model="llava", **spans),
         Clip("c", "http://x/v.mp4", caption="nonsense", caption_model=GIVEN, **spans),
     ]
-    write_manifest(tmp_path / "m.parquet", rows)
-    assert caption_exact_match(tmp_path / "m.parquet", tmp_path / "truth.json") == 0.5
+    write_part(tmp_path / part_name(0), rows)
+    assert caption_exact_match(tmp_path, tmp_path / "truth.json") == 0.5

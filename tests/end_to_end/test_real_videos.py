@@ -18,7 +18,7 @@ def test_real_videos_go_through_the_same_chain(tmp_path: Path) -> None:
     command = ["opensora", "run", "--profile", "smoke", "--source", str(source), "--workdir", str(tmp_path)]
     out = run(*command, folder=ROOT)
     base = tmp_path / "smoke"
-    rows = read_manifest(base / "encode" / "manifest.parquet")
+    rows = read_manifest(base / "encode")
     sintel = [row for row in rows if "sintel" in row.source]
     assert len(sintel) == 10
     for path in source.glob("bad_*"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from opensora.manifest import Clip, write_manifest
+from opensora.manifest import Clip, part_name, write_part
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +24,6 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors[f"{name}/text"] = torch.randn(3 + index % 3, 64, generator=generator).half()
         clips.append(Clip(name, "x", frames=6, latent_shard="latents-00000.safetensors", caption="x"))
     save_file(tensors, folder / "latents-00000.safetensors")
-    write_manifest(folder / "manifest.parquet", clips)
+    write_part(folder / part_name(0), clips)
     (folder / "report.json").write_text('{"step": "encode"}')
     return folder

@@ -3,7 +3,7 @@
 import os
 import time
 
-from opensora.data.executor import run_tasks
+from opensora.data.workers import run_tasks
 
 
 def work(task: str) -> str:
