@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from opensora.config import ExecutorConfig
-from opensora.data.workers import Outcome, attempt, listen, run_tasks, stop_isolated
+from opensora.data.workers import FOREVER_S, Outcome, attempt, call_isolated, listen, run_tasks, stop_isolated
 from opensora.progress import progress
 from opensora.step import StepError
 
@@ -136,23 +136,33 @@ def _ray_outcomes(function: _Timed, tasks: Sequence[AnyTask], address: str, work
     """By Ray Data: a row a task. All machines of the cluster must see the same folders."""
     try:
         import ray
+        import ray.data
     except ImportError:
         raise StepError("executor.kind is ray, which is not installed: pip install 'opensora-workflow[ray]'") from None
-    if not ray.is_initialized():
+    ours = not ray.is_initialized()
+    if ours:
         where: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    for row in data.map(_RayCall(function), concurrency=workers).iter_rows():
-        yield pickle.loads(row["outcome"])
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        rows = [{"index": index, "task": pickle.dumps(task)} for index, task in enumerate(tasks)]
+        data = ray.data.from_items(rows, override_num_blocks=len(rows))
+        for row in data.map(_RayCall(function), concurrency=min(workers, len(rows))).iter_rows():
+            yield pickle.loads(row["outcome"])
+    except ray.exceptions.RayError as error:
+        raise StepError(f"Ray gave up: {error}; what is done is kept, start again to go on") from error
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 @dataclass(frozen=True)
 class _RayCall:
+    """One call in a process of its own: Ray would try a shard that kills its worker again and again, without end."""
+
     function: _Timed
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        outcome = attempt(self.function, pickle.loads(row["task"]))
+        outcome = call_isolated(self.function, pickle.loads(row["task"]), FOREVER_S)
         value = Outcome(int(row["index"]), outcome.value, outcome.failure, outcome.error_number)
         return {"outcome": pickle.dumps(value)}

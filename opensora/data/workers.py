@@ -13,7 +13,7 @@ from opensora.process import end_with_parent, shielded
 Task = TypeVar("Task")
 Value = TypeVar("Value")
 STOP_S = 5.0  # an idle worker has that long to end by itself
-FOREVER_S = 1e9
+FOREVER_S = 20 * 24 * 3600.0  # poll waits no longer than 24 days
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def run_tasks(
             now = time.monotonic()
             nearest = min(worker.deadline for worker in pool if worker.index is not None)
             busy = {worker.pipe: worker for worker in pool if worker.index is not None}
-            pause = min(max(0.0, nearest - now), 3600.0)
-            ready = [busy[pipe] for pipe in wait(list(busy), pause) if isinstance(pipe, Connection)]
+            ready = [busy[pipe] for pipe in wait(list(busy), max(0.0, nearest - now)) if isinstance(pipe, Connection)]
             late = [w for w in busy.values() if w not in ready and time.monotonic() >= w.deadline]
             for worker in ready + late:
                 outcome = _late(worker, timeout_s) if worker in late else worker.take(timeout_s)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,48 @@ def test_only_what_depends_on_a_change_runs_again(project: Path) -> None:
     changed = [line.rstrip(":") for line in status.splitlines() if line and not line[0].isspace()]
     assert "evaluate" in changed
     assert not {"train_highres", "encode", "split"} & set(changed)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """URL of an S3 server on loopback, and of a bucket there."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="data")
+    yield f"http://{host}:{port}", "s3://data/opensora"
+    server.stop()
+
+
+def test_manifests_and_shards_travel_by_s3(project: Path, bucket: tuple[str, str], tmp_path: Path) -> None:
+    endpoint, url = bucket
+    run("dvc", "remote", "add", "--force", "--default", "store", url, folder=project)
+    run("dvc", "remote", "modify", "store", "endpointurl", endpoint, folder=project)
+    run("git", "add", ".", folder=project)
+    run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "data", folder=project)
+    run("dvc", "push", folder=project)
+    clone = tmp_path / "clone"
+    run("git", "clone", "-q", str(project), str(clone), folder=tmp_path)
+    assert not (clone / "runs").exists()
+    run("dvc", "pull", folder=clone)
+    for step in DATA_STEPS:
+        there, here = project / "runs" / "smoke" / step, clone / "runs" / "smoke" / step
+        names = sorted(path.name for path in there.iterdir())
+        assert names == sorted(path.name for path in here.iterdir())
+        # Videos and single clips are not versioned: thousands of small files would be.
+        assert {Path(name).suffix for name in names} <= {".parquet", ".tar", ".safetensors", ".json", ".jsonl"}
+        assert all((there / name).read_bytes() == (here / name).read_bytes() for name in names)
+    assert not (clone / "runs" / "smoke" / "videos").exists()
+    assert "up to date" in run("dvc", "repro", folder=clone)
 
 
 def test_the_registered_champion_generates(project: Path, tmp_path: Path) -> None:
