@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the schema is heavy, and `opensora --help` only needs the names below
     from opensora.config import Config
     from opensora.step import Report
+    from opensora.training.stages import Source
 
 SUMMARIES = {
     "demo_videos": "Render the embedded world: videos of coloured shapes that move.",
@@ -59,15 +60,19 @@ def run_step(name: str, config: "Config", root: Path) -> "Report":
         case "split":
             from opensora.data.split import run as split
 
-            return split(config.split, base / "download", output, config.executor)
+            transnetv2 = optional_weights(config, config.split.transnetv2_file)
+            return split(config.split, base / "download", output, config.executor, transnetv2=transnetv2)
         case "score":
             from opensora.data.score import run as score
 
-            return score(config.score, base / "split", output, config.executor)
+            clip = optional_weights(config, config.score.clip)
+            head = optional_weights(config, config.score.aesthetic_head)
+            return score(config.score, base / "split", output, config.executor, clip=clip, head=head)
         case "caption":
             from opensora.data.caption import run as caption
 
-            model = weights_folder(config, base, config.caption.model)
+            local = config.caption.backend == "llava"
+            model = weights_folder(config, base, config.caption.model) if local else None
             return caption(config.caption, base / "score", base / "split", model, output, config.executor)
         case "encode":
             from opensora.data.encode import run as encode
@@ -87,8 +92,19 @@ def run_step(name: str, config: "Config", root: Path) -> "Report":
             from opensora.training.stages import stage_before
 
             before = stage_before(name)
-            return train(config, name, base / "encode", base / before if before else None, output, root)
+            source = training_source(config, name, base)
+            return train(config, name, source, base / before if before else None, output, root)
     raise ConfigError(f"unknown step {name!r}; one of {', '.join(ALL_STEPS)}")
+
+
+def training_source(config: "Config", stage: str, base: Path) -> "Source":
+    """What a stage reads: latents of the encode step, or clips and the models that encode them."""
+    from opensora.training.stages import Source
+
+    if getattr(config, stage).data == "latents":
+        return Source(base / "encode")
+    vae, text = (weights_folder(config, base, name) for name in (config.encode.vae, config.encode.text_encoder))
+    return Source(base / "caption", base / "split", vae, text)
 
 
 def weights_folder(config: "Config", base: Path, name: str) -> Path:
@@ -98,6 +114,13 @@ def weights_folder(config: "Config", base: Path, name: str) -> Path:
     from opensora.weights import find_weights
 
     return find_weights(name, Path(config.weights_dir), config.offline)
+
+
+def optional_weights(config: "Config", name: str) -> Path | None:
+    """A file or folder below weights_dir, or None where no name is configured."""
+    from opensora.weights import find_weights
+
+    return find_weights(name, Path(config.weights_dir), config.offline) if name else None
 
 
 def _download(config: "Config", base: Path, output: Path) -> "Report":

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from opensora.chain import ALL_STEPS, SUMMARIES
+from opensora.data_cli import data
 
 # Nothing here calls home; the libraries behind the steps read these when they are imported.
 QUIET = {
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 weights = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at released weights, and import them.")
 app.add_typer(weights, name="weights")
+app.add_typer(data, name="data")
 
 Profile = Annotated[
     str | None, typer.Option("--profile", help="smoke, demo, single_gpu or h800; default: as in params.yaml.")

@@ -103,14 +103,16 @@ def _check(frames: np.ndarray, fps: float, note: str) -> None:
 
 
 def _mp4(frames: np.ndarray, fps: float, note: str) -> bytes:
-    from opensora.data.video import ClipWriter
+    from opensora.data.cut import ClipWriter
 
     height, width = frames.shape[1:3]
     rate = Fraction(fps).limit_denominator(1001)
-    writer = ClipWriter(width + width % 2, height + height % 2, rate, crf=CRF, gop=GOP, note=note)
+    buffer = io.BytesIO()
+    writer = ClipWriter(buffer, width + width % 2, height + height % 2, rate, crf=CRF, gop=GOP, note=note)
     for frame in frames:
-        writer.add(np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
-    return writer.finish()
+        writer.add_rgb(np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+    writer.finish()
+    return buffer.getvalue()
 
 
 def _gif(frames: np.ndarray, fps: float, note: str) -> bytes:

@@ -144,9 +144,11 @@ class CaptionConfig(Section):
     max_new_tokens: Positive = Field(256, description="tokens a caption at most")
     retry_temperature: Annotated[float, Field(ge=0)] = Field(0.7, description="of the tries after the first")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: Positive = Field(2, description="CPU threads a worker")
+    threads: Positive = Field(2, description="CPU threads a worker, also those that read frames ahead")
     workers: Positive = Field(1, description="worker processes; with GPUs one a GPU")
-    max_bad_share: Share = Field(0.5, description="share of clips without a caption above which the step fails")
+    max_bad_share: Share = Field(
+        0.5, description="share of clips without a caption in the end, of those that came with none"
+    )
 
 
 class EncodeConfig(Section):

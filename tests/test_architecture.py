@@ -17,7 +17,9 @@ ALLOWED = {
     "metrics": LEAVES,
     "data": LEAVES,
     "parallel": {"models", "config"},
-    "training": LEAVES | {"models", "diffusion", "parallel", "tracking", "data.dataset", "data.shards"},
+    "training": LEAVES
+    | {"models", "diffusion", "parallel", "tracking"}
+    | {"data.buckets", "data.clip_dataset", "data.dataset", "data.loader"},
     "demo": LEAVES | {"data.shards", "data.video"},
 }
 ONLY_IN = {"mlflow": {"tracking.py"}, "kfp": set(), "colossalai": {"parallel/colossal_engine.py"}}

@@ -1,33 +1,49 @@
-"""The step `caption`: LLaVA describes every clip that came without a caption; captions are keyed by clip."""
+"""The step `caption`: a model describes every clip that came without a caption; captions are keyed by clip.
 
+The model is LLaVA in this process (`llava.py`) or a server (`endpoint.py`). Whatever it says is written down at once
+beside the step's folder (`answers.py`), so that a stopped run, other thresholds or more videos ask nothing twice.
+"""
+
+import io
 import json
-from dataclasses import dataclass, replace
+import shutil
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora.config import CaptionConfig, ExecutorConfig
+from opensora.data.answers import Answer, AnswerLog, Backend, clean_text, find_fault
+from opensora.data.endpoint import ServerError
 from opensora.data.executor import run_shards
+from opensora.data.reuse import hash_folder
 from opensora.data.shards import read_clip
-from opensora.data.video import read_frames
+from opensora.data.video import VideoError
 from opensora.data.workers import advance
 from opensora.manifest import (
-    GIVEN,
     Clip,
     Tally,
     count_rows,
-    kept_clips,
     list_parts,
     manifest_hash,
     part_index,
     read_part,
     write_part,
 )
-from opensora.step import Report, StepError, StepFolder, fingerprint, read_report
+from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
-CUT_OFF = " […]"  # ends a caption that reached the token limit
+    from opensora.data.answers import Question
+
+STOPPED = "stopped.txt"  # in the work folder: why no shard needs to try
+FOR_THE_FOLDER = {"max_new_tokens", "caption_retries", "retry_temperature", "max_bad_share"}  # beside what asks
 
 
 @dataclass(frozen=True)
@@ -37,148 +53,258 @@ class Task:
     config: CaptionConfig
     inputs: Path  # part of the score step's manifest
     shards: Path  # folder of the split step
-    model: Path
+    model: Path | None  # folder, for the backend llava
+    answers: Path  # folder of the AnswerLog; its name tells what was asked of which model
     part: Path
+
+    @property
+    def numbers(self) -> Path:
+        """What this shard cost, for the report."""
+        return self.part.with_name(f"asked-{part_index(self.part):05d}.json")
 
 
 def run(
-    config: CaptionConfig, inputs: Path, shards: Path, model: Path, output: Path, executor: ExecutorConfig
+    config: CaptionConfig, inputs: Path, shards: Path, model: Path | None, output: Path, executor: ExecutorConfig
 ) -> Report:
     """Caption the kept clips of the score step in `inputs`.
 
     Args:
         shards: folder of the split step.
-        model: folder of a LLaVA or LLaVA-NeXT model that Transformers loads.
+        model: folder of a LLaVA or LLaVA-NeXT model that Transformers loads; None for the backend `endpoint`.
 
     Raises:
-        StepError: no clip has a caption in the end.
+        StepError: too many clips are without a caption in the end, a shard is missing, or the server answers none.
     """
-    model_state = [(path.name, path.stat().st_size) for path in sorted(model.iterdir())]
-    settings = config.model_dump(exclude={"workers", "threads"})
-    folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs), model_state))
+    kept = output.parent / ".cache" / "captions"
+    asking = _asking(config, model, kept)
+    rest = config.model_dump(include=FOR_THE_FOLDER)
+    folder = StepFolder(output, fingerprint(asking, rest, manifest_hash(inputs)))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
-    tasks = [Task(config, part, shards, model, work / part.name) for part in list_parts(inputs)]
-    run_shards(caption_shard, tasks, executor, config.workers, "captioning", count_rows(inputs))
-    tally, given = Tally(), 0
-    for path in list_parts(work):
-        clips = read_part(path)
+    (work / STOPPED).unlink(missing_ok=True)
+    answers = kept / fingerprint(asking)[:16]
+    answers.mkdir(parents=True, exist_ok=True)
+    write_json(answers / "about.json", asking)
+    tasks = [Task(config, part, shards, model, answers, work / part.name) for part in list_parts(inputs)]
+    try:
+        run_shards(caption_shard, tasks, executor, config.workers, "captioning", count_rows(inputs))
+    finally:
+        _backends.clear()  # frees the memory of a model in this process
+    report = _report(tasks)
+    for task in tasks:
+        task.numbers.unlink(missing_ok=True)
+    return folder.finish(report)
+
+
+def _asking(config: CaptionConfig, model: Path | None, kept: Path) -> dict[str, Any]:
+    """What decides the answers: with the same values earlier ones hold. Where a server is does not matter."""
+    about = {"backend": config.backend, "prompt": config.prompt, "frame_positions": list(config.frame_positions)}
+    if config.backend == "endpoint":
+        return about | {"model": config.model, "max_side": config.max_side}
+    assert model is not None
+    files = {name: value for name, value in hash_folder(model, kept).items() if not name.endswith(".md")}
+    return about | {"files": files, "dtype": config.dtype}
+
+
+def _report(tasks: list[Task]) -> Report:
+    """Count what the shards wrote.
+
+    Raises:
+        StepError: too many clips are without a caption; their shards go, so that the next run tries them again.
+    """
+    name = _name(tasks[0])
+    tally, generated, failed = Tally(), 0, Tally()
+    for task in tasks:
+        clips = read_part(task.part)
         tally.add(clips)
-        given += sum(clip.kept and clip.caption_model == GIVEN for clip in clips)
-    if not tally.kept:
-        raise StepError(f"no clip got a caption ({tally.reasons}); look at caption.max_new_tokens and the model")
-    for path in work.glob("*.jsonl"):
-        if path.name.startswith("captions"):
-            path.unlink()
-    metrics = {"given": float(given), "generated": float(tally.kept - given)}
-    return folder.finish(
-        Report("caption", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped), metrics=metrics)
-    )
+        ours = [clip for clip in clips if clip.caption_model == name]
+        failed.add(clip for clip in ours if not clip.kept)
+        generated += sum(clip.kept for clip in ours)
+    share = failed.total / max(1, failed.total + generated)
+    config = tasks[0].config
+    if not failed.total and not tally.kept:
+        raise StepError(f"there is no clip to caption, all were dropped before: {tally.reasons}")
+    if not tally.kept or share > config.max_bad_share:
+        shutil.rmtree(tasks[0].part.parent)
+        raise StepError(
+            f"{failed.total} of {failed.total + generated} clips got no caption, more than caption.max_bad_share="
+            f"{config.max_bad_share:g} ({failed.reasons}); look at the model, caption.prompt and "
+            "caption.max_new_tokens; what was answered is kept"
+        )
+    metrics = {"given": float(tally.kept - generated), "generated": float(generated)}
+    metrics |= _speed([json.loads(task.numbers.read_text()) for task in tasks], config)
+    return Report("caption", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped), metrics=metrics)
+
+
+def _speed(numbers: list[dict[str, float]], config: CaptionConfig) -> dict[str, float]:
+    """Clips asked about in this run and the time that took, models loaded, summed over the workers."""
+    asked, seconds = sum(row["asked"] for row in numbers), sum(row["seconds"] for row in numbers)
+    values = {"asked": asked, "retried": sum(row["retried"] for row in numbers)}
+    if asked and seconds:
+        workers = min(config.workers, len(numbers))
+        values["clips_per_second"] = workers * asked / seconds
+        if config.backend == "llava":  # a worker is a GPU; how many a server has it does not say
+            values["seconds_per_clip_per_gpu"] = seconds / asked
+    return values
+
+
+def _name(task: Task) -> str:
+    """caption_model of a caption."""
+    return f"{task.config.backend}/{task.model.name if task.model else task.config.model}"
 
 
 def caption_shard(task: Task) -> None:
     """Caption the clips of one part that have no caption yet."""
+    stopped = task.part.with_name(STOPPED)
+    if stopped.is_file():
+        raise StepError(stopped.read_text())
     clips = read_part(task.inputs)
-    lines = task.part.with_name(f"captions-{part_index(task.part):05d}.jsonl")
-    known = _read_lines(lines)
-    missing = [clip for clip in kept_clips(clips) if not clip.caption and clip.clip_id not in known]
-    if missing:
-        known |= _caption(missing, task.shards, _captioner(task.model, task.config), lines)
-    write_part(task.part, [_with_caption(clip, known, task.model.name, task.config.prompt) for clip in clips])
+    work = _Work(task, {clip.clip_id: clip for clip in clips if clip.kept and not clip.caption})
+    for _ in range(len(clips) - len(work.open(None))):
+        advance()
+    try:
+        work.finish()
+    except ServerError as error:
+        stopped.write_text(str(error))  # the other shards need not find out for themselves
+        raise
+    write_json(task.numbers, work.numbers)
+    write_part(task.part, [work.row(clip) for clip in clips])
 
 
-_CAPTIONERS: dict[Path, "Captioner"] = {}  # a worker process loads its model once
+@dataclass
+class _Work:
+    """The clips of a part that need a caption, and the answers so far."""
 
+    task: Task
+    clips: dict[str, Clip]
+    answers: dict[str, list[Answer]] = field(init=False)
+    numbers: dict[str, float] = field(init=False)
 
-def _captioner(model: Path, config: CaptionConfig) -> "Captioner":
-    if model not in _CAPTIONERS:
-        _CAPTIONERS[model] = Captioner(model, config)
-    return _CAPTIONERS[model]
+    def __post_init__(self) -> None:
+        self._log = AnswerLog(self.task.answers, self.task.config.max_new_tokens)
+        self._lock = threading.Lock()
+        self._asked: dict[str, int] = {}
+        self.answers = self._log.read(self.clips.values())
+        self.numbers = {"asked": 0, "retried": 0, "seconds": 0.0}
 
+    def open(self, attempt: int | None) -> list[Clip]:
+        """Clips to ask about at an attempt, 0 the first; None: at any."""
+        limit = self.task.config.caption_retries if attempt is None else attempt
+        return [self.clips[clip_id] for clip_id, answers in self.answers.items() if _is_open(answers, limit)]
 
-def _read_lines(path: Path) -> dict[str, str]:
-    """Captions by clip id that a stopped run left; its last line may be torn."""
-    known = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        known[row["clip_id"]] = row["caption"]
-    return known
+    def finish(self) -> None:
+        """Ask until every clip has a caption or no try is left."""
+        if not self.open(None):
+            return
+        backend = _backend(self.task)
+        start = time.monotonic()
+        for attempt in range(1 + self.task.config.caption_retries):
+            if clips := self.open(attempt):
+                backend.ask(self._questions(clips, backend.ahead), attempt, self._record)
+        self.numbers = {
+            "asked": len(self._asked),
+            "retried": sum(count > 1 for count in self._asked.values()),
+            "seconds": time.monotonic() - start,
+        }
 
-
-def _caption(clips: list[Clip], shards: Path, captioner: "Captioner", lines: Path) -> dict[str, str]:
-    """Captions by clip id, each batch appended to `lines` as it is done."""
-    size = captioner.config.batch_size
-    known = {}
-    with lines.open("a") as handle:
-        for start in range(0, len(clips), size):
-            batch = clips[start : start + size]
-            frames = [pick_frames(read_clip(shards, clip), captioner.config.frame_positions) for clip in batch]
-            for clip, caption in zip(batch, captioner(frames), strict=True):
-                known[clip.clip_id] = caption
-                handle.write(json.dumps({"clip_id": clip.clip_id, "caption": caption}) + "\n")
+    def _record(self, clip_id: str, answer: Answer) -> None:
+        with self._lock:
+            self._log.append(self.clips[clip_id], answer)
+            self.answers[clip_id].append(answer)
+            self._asked[clip_id] = self._asked.get(clip_id, 0) + 1
+            if not _is_open(self.answers[clip_id], self.task.config.caption_retries):
                 advance()
-            handle.flush()
-    return known
+
+    def _questions(self, clips: list[Clip], ahead: int) -> "Iterator[Question]":
+        """Frames of the clips in order, read by threads, at most `ahead` clips before they are wanted."""
+        waiting: deque[tuple[str, Future[np.ndarray]]] = deque()
+        with ThreadPoolExecutor(self.task.config.threads) as pool:
+            try:
+                for clip in [*clips, *[None] * ahead]:
+                    if clip is not None:
+                        waiting.append((clip.clip_id, pool.submit(self._read, clip)))
+                    if waiting and (clip is None or len(waiting) > ahead):
+                        clip_id, frames = waiting.popleft()
+                        try:
+                            yield clip_id, frames.result()
+                        except VideoError as error:
+                            self._record(clip_id, Answer(str(error), "failed"))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read(self, clip: Clip) -> "np.ndarray":
+        return pick_frames(read_clip(self.task.shards, clip), self.task.config.frame_positions)
+
+    def row(self, clip: Clip) -> Clip:
+        """The clip with its caption, or dropped with the last answer's fault."""
+        if clip.clip_id not in self.clips or not clip.kept or clip.caption:
+            return clip
+        clip = replace(clip, caption_model=_name(self.task), caption_prompt=self.task.config.prompt)
+        answers = self.answers[clip.clip_id]
+        good = next((answer for answer in answers if not find_fault(answer)), None)
+        if good is None:
+            return replace(clip, kept=False, reason=find_fault(answers[-1]))
+        return replace(clip, caption=clean_text(good.text))
 
 
-def pick_frames(data: bytes, positions: tuple[float, ...]) -> "np.ndarray":
-    """Frames uint8 [P, H, W, 3] of a clip at positions 0…1."""
-    frames = read_frames(data)
-    return frames[[min(len(frames) - 1, int(position * len(frames))) for position in positions]]
+def _is_open(answers: list[Answer], attempt: int) -> bool:
+    """Whether a clip with these answers is to be asked about at an attempt."""
+    settled = any(answer.finish == "failed" or not find_fault(answer) for answer in answers)
+    return not settled and len(answers) <= attempt
 
 
-def _with_caption(clip: Clip, known: dict[str, str], model: str, prompt: str) -> Clip:
-    if not clip.kept or clip.caption:
-        return clip
-    caption = known[clip.clip_id]
-    clip = replace(clip, caption=caption, caption_model=model, caption_prompt=prompt)
-    if caption.endswith(CUT_OFF):
-        return replace(clip, kept=False, reason="caption cut off: raise caption.max_new_tokens")
-    return clip if caption else replace(clip, kept=False, reason="caption empty")
+_backends: dict[tuple[str, CaptionConfig], Backend] = {}  # a worker process keeps one: loading takes a minute
 
 
-class Captioner:
-    """LLaVA through Transformers: a few frames of a clip in, one caption out."""
+def _backend(task: Task) -> Backend:
+    key = (task.answers.name, task.config)
+    if key not in _backends:
+        _backends.clear()
+        _backends[key] = _make_backend(task)
+    return _backends[key]
 
-    def __init__(self, folder: Path, config: CaptionConfig) -> None:
-        import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        self.config = config
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cpu":
-            torch.set_num_threads(config.threads)
-        self.processor: Any = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        self.processor.tokenizer.padding_side = "left"
-        dtype = getattr(torch, config.dtype)
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        self.model: Any = model.to(self.device).eval()
+def _make_backend(task: Task) -> Backend:
+    match task.config.backend:
+        case "llava":
+            from opensora.data.llava import Llava
 
-    def __call__(self, clips: "list[np.ndarray]") -> list[str]:
-        """Captions of clips, each uint8 [P, H, W, 3]; one that reached the token limit ends with `CUT_OFF`."""
-        import torch
-        from PIL import Image
+            assert task.model is not None
+            return Llava(task.model, task.config)
+        case "endpoint":
+            from opensora.data.endpoint import Endpoint
 
-        images = [[Image.fromarray(frame) for frame in frames] for frames in clips]
-        texts = [self._prompt(len(frames)) for frames in clips]
-        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt").to(self.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        with torch.no_grad():
-            out = self.model.generate(**inputs, max_new_tokens=self.config.max_new_tokens, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        tokenizer = self.processor.tokenizer
-        captions = [" ".join(text.split()) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-        ended = [tokenizer.eos_token_id in row.tolist() for row in new]
-        return [text if end else text + CUT_OFF for text, end in zip(captions, ended, strict=True)]
+            return Endpoint(task.config)
 
-    def _prompt(self, frames: int) -> str:
-        if self.processor.chat_template is None:
-            return "<image>" * frames + " " + self.config.prompt
-        content = [{"type": "image"}] * frames + [{"type": "text", "text": self.config.prompt}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+def pick_frames(data: bytes, positions: Sequence[float]) -> "np.ndarray":
+    """Frames uint8 [P, H, W, 3] of a normalised clip at positions 0…1; only what leads to them is decoded.
+
+    Raises:
+        VideoError: "unreadable".
+    """
+    import av
+    import numpy as np
+
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # the clips are read by several threads
+            packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream)]
+            times = sorted(pts for pts, _ in packets if pts is not None)
+            keys = sorted(pts for pts, is_key in packets if is_key and pts is not None)
+            wanted = [times[min(len(times) - 1, int(position * len(times)))] for position in positions]
+            found, last_key = {}, None
+            for moment in sorted(set(wanted)):
+                key = keys[bisect_right(keys, moment) - 1]
+                if key != last_key:
+                    container.seek(moment, stream=stream)
+                    frames, last_key = container.decode(stream), key
+                frame = next(frame for frame in frames if frame.pts is not None and frame.pts >= moment)
+                found[moment] = frame.to_ndarray(format="rgb24")
+    except av.FFmpegError as error:
+        raise VideoError(f"unreadable: {error.strerror or error}") from None
+    except (IndexError, StopIteration):
+        raise VideoError("unreadable: no video stream, or fewer frames than its head says") from None
+    return np.stack([found[moment] for moment in wanted])

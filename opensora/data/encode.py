@@ -1,13 +1,19 @@
 """The step `encode`: VAE latents of all frames and text embeddings, in safetensors shards read by key."""
 
+import json
 import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from opensora.config import EncodeConfig, ExecutorConfig
+from opensora.data.clip_reader import ClipError, scaled_frames
 from opensora.data.executor import run_shards
-from opensora.data.shards import read_clip
-from opensora.data.video import read_frames, resize_cover
+from opensora.data.reuse import Keeper, Kept, hash_folder, link_file
+from opensora.data.shards import TensorFiles, latent_names, read_clip, text_key, write_tensors
 from opensora.data.workers import advance
 from opensora.manifest import (
     Clip,
@@ -20,9 +26,22 @@ from opensora.manifest import (
     read_part,
     write_part,
 )
-from opensora.step import Report, StepFolder, fingerprint, read_report
+from opensora.step import Report, StepError, StepFolder, fingerprint, lock_file, read_report
 
-LATENT_BYTES = 2 * 2 * 4  # mean and deviation, fp16, four channels
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from opensora.models.text import TextEncoder
+    from opensora.models.vae import FrameVAE
+
+CACHE = ".cache"
+CHUNK = 64  # frames decoded at once, at least: a clip of any length takes the same memory
+STORED_BYTES = 2  # a number, in either of encode.store_dtype
+
+
+class Unusable(ValueError):
+    """A clip or text that cannot be encoded; the message is a reason and a colon."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,8 @@ class Task:
     shards: Path  # folder of the split step
     vae: Path
     text: Path
+    latents: Path  # folders of what was encoded before; they may be absent
+    texts: Path
     part: Path
 
 
@@ -42,93 +63,297 @@ def run(
 ) -> Report:
     """Encode the kept clips of the caption step in `inputs`.
 
-    Files `latents-00003-00.safetensors`, … of part 3 hold, a clip: `<clip_id>/<h>x<w>/mean` and `…/std`
-    [T, 4, h/s, w/s] and `<clip_id>/text` [L, Cc], all fp16.
+    Files `latents-00003-00.safetensors`, … of part 3 hold, a clip and size, `<clip_id>/<h>x<w>/mean` and `…/std`
+    [T, C, h/s, w/s]; `text-00003-00.safetensors`, … hold the embeddings [L, Cc] of the part's captions, each under
+    `text_key`. What a file holds follows from the part and the models alone, whoever wrote it and whatever was there
+    before. The last run's files outlive it in `.cache` beside `output`: what they hold is not encoded again, as long
+    as the weights, sizes, dtypes and max_tokens that made it are the same.
 
     Args:
         shards: folder of the split step.
         vae, text: folders of the VAE and of the T5.
 
     Raises:
-        StepError: a shard could not be encoded.
+        StepError: a shard could not be encoded, or nothing is left.
     """
-    models = [(path.name, path.stat().st_size) for folder in (vae, text) for path in sorted(folder.iterdir())]
+    store = output.parent / CACHE
+    dtypes = [config.dtype, config.store_dtype]
+    latent_key = fingerprint(hash_folder(vae, store), config.sizes, dtypes)[:16]
+    words_key = fingerprint(hash_folder(text, store), config.max_tokens, dtypes)[:16]
+    latents, texts = store / f"latents-{latent_key}", store / f"text-{words_key}"
     settings = config.model_dump(exclude={"workers", "threads"})
-    folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs), models))
+    folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs), latent_key, words_key))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
-    tasks = [Task(config, part, shards, vae, text, work / part.name) for part in list_parts(inputs)]
+    tasks = [Task(config, part, shards, vae, text, latents, texts, work / part.name) for part in list_parts(inputs)]
     run_shards(encode_shard, tasks, executor, config.workers, "encoding", count_rows(inputs))
     tally = Tally()
-    for path in list_parts(work):
-        tally.add(read_part(path))
+    with Keeper(latents) as keep_latents, Keeper(texts) as keep_texts:
+        for path in list_parts(work):
+            clips = read_part(path)
+            tally.add(clips)
+            keep_latents.add(work, [(clip.clip_id, clip.latent_shard) for clip in kept_clips(clips)])
+            keep_texts.add(work, [(text_key(clip.caption), clip.text_shard) for clip in kept_clips(clips)])
+        if not tally.kept:
+            raise StepError(f"no clip could be encoded ({tally.reasons}); look at the reasons in {work}")
     return folder.finish(Report("encode", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped)))
 
 
 def encode_shard(task: Task) -> None:
-    """Encode the kept clips of one part."""
+    """Encode the kept clips of one part, and their captions."""
     clips = read_part(task.inputs)
-    places: dict[str, str] = {}
-    for number, group in enumerate(group_clips(kept_clips(clips), task.config)):
-        path = task.part.with_name(f"latents-{part_index(task.part):05d}-{number:02d}.safetensors")
-        _encode_group(group, task, path)
-        places |= {clip.clip_id: path.name for clip in group}
-    write_part(task.part, [replace(clip, latent_shard=places.get(clip.clip_id, "")) for clip in clips])
+    by_id = {clip.clip_id: clip for clip in kept_clips(clips)}
+    for _ in range(len(clips) - len(by_id)):
+        advance()
+    _set_threads(task.config.threads)
+    places, reasons = _encode_latents(by_id, task)
+    captions = {text_key(clip.caption): clip.caption for clip in by_id.values() if clip.clip_id in places}
+    text_places, text_reasons = _encode_texts(captions, task)
+
+    def finished(clip: Clip) -> Clip:
+        if not clip.kept:
+            return clip
+        key = text_key(clip.caption)
+        reason = reasons.get(clip.clip_id) or text_reasons.get(key)
+        if reason:
+            return replace(clip, kept=False, reason=reason)
+        return replace(clip, latent_shard=places[clip.clip_id], text_shard=text_places[key])
+
+    write_part(task.part, [finished(clip) for clip in clips])
 
 
-def group_clips(clips: list[Clip], config: EncodeConfig) -> list[list[Clip]]:
-    """Clips by shard: filled up to `shard_mib`, estimated for latents eight times smaller than the frames."""
-    groups: list[list[Clip]] = []
+def _encode_latents(clips: dict[str, Clip], task: Task) -> tuple[dict[str, str], dict[str, str]]:
+    """Write the files of latents; returns the file of every clip, and the reasons of those that have none."""
+    sizes = task.config.sizes
+    pixels = sum(height * width for height, width in sizes)
+    channels, scale = _vae_shape(task.vae)
+    frame_bytes = 2 * channels * pixels / scale**2 * STORED_BYTES  # mean and deviation
+    group = Group(
+        names=lambda clip_id: [name for size in sizes for name in latent_names(clip_id, *size)],
+        make=lambda clip_id: encode_clip(read_clip(task.shards, clips[clip_id]), clips[clip_id], task),
+        size=lambda clip_id: clips[clip_id].frames * frame_bytes,
+    )
+    return group.write(list(clips), "latents", task, task.latents, advance)
+
+
+def _encode_texts(captions: dict[str, str], task: Task) -> tuple[dict[str, str], dict[str, str]]:
+    """Write the files of embeddings; returns the file of every text key, and the reasons of those that have none."""
+    text_bytes = task.config.max_tokens * _text_width(task.text) * STORED_BYTES  # at most
+    group = Group(
+        names=lambda key: [key],
+        make=lambda key: {key: encode_text(captions[key], task)},
+        size=lambda key: text_bytes,
+    )
+    return group.write(sorted(captions), "text", task, task.texts, lambda: None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """How the tensors of a key, a clip or a text, are named and made, and how large they are in a file."""
+
+    names: Callable[[str], list[str]]
+    make: "Callable[[str], dict[str, Tensor]]"
+    size: Callable[[str], float]  # bytes
+
+    def write(
+        self, keys: Sequence[str], kind: str, task: Task, before: Path, done: Callable[[], None]
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Write `<kind>-<part>-<number>.safetensors`; returns the file of every key, and the reasons of the others.
+
+        Args:
+            before: folder of what was made before.
+            done: called after every key.
+        """
+        places: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        with Kept(before) as kept:
+            for number, group in enumerate(fill(keys, self.size, task.config.shard_mib << 20)):
+                path = task.part.with_name(f"{kind}-{part_index(task.part):05d}-{number:02d}.safetensors")
+                bad = self._write_file(path, group, kept, done)
+                reasons |= bad
+                places |= {key: path.name for key in group if key not in bad}
+        return places, reasons
+
+    def _write_file(self, path: Path, keys: list[str], kept: Kept, done: Callable[[], None]) -> dict[str, str]:
+        """Write one file, unless a stopped run did or an old one is the same; returns the reasons of bad keys."""
+        wanted = {name for key in keys for name in self.names(key)}
+        old = kept.find(keys[0])
+        if _holds(path, wanted) or (old and _holds(kept.folder / old, wanted)):
+            if not path.is_file():
+                link_file(kept.folder / str(old), path)
+            for _ in keys:
+                done()
+            return {}
+        files = TensorFiles(kept.folder)
+        tensors: dict[str, Tensor] = {}
+        reasons = {}
+        for key in keys:
+            try:
+                tensors |= self._kept(key, kept, files) or self.make(key)
+            except Unusable as error:
+                reasons[key] = str(error)
+            done()
+        if tensors:
+            write_tensors(path, tensors)
+        return reasons
+
+    def _kept(self, key: str, kept: Kept, files: TensorFiles) -> "dict[str, Tensor] | None":
+        file = kept.find(key)
+        try:
+            return {name: files.read(file, name) for name in self.names(key)} if file else None
+        except StepError:  # damaged: it is made again
+            return None
+
+
+def _holds(path: Path, names: set[str]) -> bool:
+    """Whether a file is whole and has these tensors and no others."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as shard:
+            return set(shard.keys()) == names
+    except (OSError, SafetensorError):
+        return False
+
+
+def fill(keys: Sequence[str], size: Callable[[str], float], limit: int) -> list[list[str]]:
+    """Keys by file, in order: a file is full when the next would take it past `limit` bytes."""
+    groups: list[list[str]] = []
     room = 0.0
-    for clip in clips:
-        size = sum(clip.frames * height * width / 64 * LATENT_BYTES for height, width in config.sizes)
-        if room < size or not groups:
+    for key in keys:
+        if room < size(key) or not groups:
             groups.append([])
-            room = float(config.shard_mib << 20)
-        groups[-1].append(clip)
-        room -= size
+            room = float(limit)
+        groups[-1].append(key)
+        room -= size(key)
     return groups
 
 
-_MODELS: dict[tuple[Path, Path], tuple] = {}  # a worker process loads its models once
+def encode_clip(data: bytes, clip: Clip, task: Task) -> "dict[str, Tensor]":
+    """Means and deviations of all frames at all sizes, by name; a clip's alone, so that no other changes them.
 
-
-def _encode_group(clips: list[Clip], task: Task, path: Path) -> None:
-    from safetensors.torch import save_file
+    Raises:
+        Unusable: it does not decode to the frames that the manifest says, or a number is not finite as stored.
+    """
+    import torch
 
     config = task.config
-    vae, encoder = _models(config, task.vae, task.text)
-    tensors = {}
-    for clip in clips:
-        frames = read_frames(read_clip(task.shards, clip))
-        for height, width in config.sizes:
-            mean, deviation = vae.encode(resize_cover(frames, height, width), config.batch_frames)
-            tensors[f"{clip.clip_id}/{height}x{width}/mean"] = mean.half().contiguous()
-            tensors[f"{clip.clip_id}/{height}x{width}/std"] = deviation.half().contiguous()
-        advance()
-    texts = sorted({clip.caption for clip in clips})
-    embeddings, mask = encoder.encode(texts, config.max_tokens)
-    by_text = {text: embeddings[index, : int(mask[index].sum())] for index, text in enumerate(texts)}
-    for clip in clips:
-        tensors[f"{clip.clip_id}/text"] = by_text[clip.caption].half().clone()
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part)
-    with part.open("rb") as handle:
-        os.fsync(handle.fileno())
-    part.rename(path)
+    vae = _vae(task)
+    parts: dict[str, list[Tensor]] = {}
+    frames = 0
+    try:
+        for chunk in _chunks(scaled_frames(data, config.sizes), max(CHUNK, config.batch_frames or 0)):
+            frames += len(chunk[0])
+            for size, pixels in zip(config.sizes, chunk, strict=True):
+                moments = vae.encode(pixels, config.batch_frames)
+                for name, tensor in zip(latent_names(clip.clip_id, *size), moments, strict=True):
+                    parts.setdefault(name, []).append(_stored(tensor, config, "latents"))
+    except ClipError as error:
+        raise Unusable(f"unreadable: {error}") from error
+    if frames != clip.frames:
+        raise Unusable(f"unreadable: {frames} of {clip.frames} frames decode")
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def _models(config: EncodeConfig, vae: Path, text: Path) -> tuple:
+def _chunks(frames: "Iterator[list[np.ndarray]]", count: int) -> "Iterator[list[np.ndarray]]":
+    """Up to `count` frames at a time, uint8 [M, height, width, 3] at each size."""
+    import numpy as np
+
+    waiting: list[list[np.ndarray]] = []
+    for made in frames:
+        waiting.append(made)
+        if len(waiting) == count:
+            yield [np.stack(same) for same in zip(*waiting, strict=True)]
+            waiting = []
+    if waiting:
+        yield [np.stack(same) for same in zip(*waiting, strict=True)]
+
+
+def encode_text(caption: str, task: Task) -> "Tensor":
+    """The embeddings [L, Cc] of a caption's tokens.
+
+    Texts go in one by one: the sum that makes an embedding is then the same whatever stands beside it, and T5-XXL at
+    120 tokens keeps a GPU about as busy as a batch would; beside the VAE's its time is next to nothing.
+
+    Raises:
+        Unusable: a number is not finite as stored.
+    """
+    embeddings, mask = _text_encoder(task).encode([caption], task.config.max_tokens)
+    return _stored(embeddings[0, : int(mask[0].sum())], task.config, "text")
+
+
+def _stored(tensor: "Tensor", config: EncodeConfig, what: str) -> "Tensor":
+    import torch
+
+    stored = tensor.to(getattr(torch, config.store_dtype))
+    if not torch.isfinite(stored).all():
+        largest = float(tensor.abs().nan_to_num(float("nan")).max())
+        raise Unusable(f"not finite: {what} up to {largest:g} in {config.store_dtype}; encode.store_dtype or dtype")
+    return stored
+
+
+def _vae_shape(folder: Path) -> tuple[int, int]:
+    """Latent channels and pixels a latent, without loading the weights."""
+    config = json.loads((folder / "config.json").read_text())
+    return int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def _text_width(folder: Path) -> int:
+    """Channels of an embedding, without loading the weights."""
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("d_model") or config.get("text_config", config)["hidden_size"])
+
+
+_MODELS: dict[tuple[Path, str], object] = {}  # a worker process loads each model once, and only one that it needs
+_CLAIMS: list[IO[str]] = []  # locks that this process holds until it ends
+
+
+def _vae(task: Task) -> "FrameVAE":
+    import torch
+
+    from opensora.models.vae import FrameVAE
+
+    key = task.vae, task.config.dtype
+    if key not in _MODELS:
+        _MODELS[key] = FrameVAE(task.vae, _device(task.part.parent), getattr(torch, task.config.dtype))
+    model = _MODELS[key]
+    assert isinstance(model, FrameVAE)
+    return model
+
+
+def _text_encoder(task: Task) -> "TextEncoder":
     import torch
 
     from opensora.models.text import TextEncoder
-    from opensora.models.vae import FrameVAE
 
-    if (vae, text) not in _MODELS:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(config.threads)
-        dtype = getattr(torch, config.dtype)
-        _MODELS[vae, text] = FrameVAE(vae, device, dtype), TextEncoder(text, device, dtype)
-    return _MODELS[vae, text]
+    key = task.text, task.config.dtype
+    if key not in _MODELS:
+        _MODELS[key] = TextEncoder(task.text, _device(task.part.parent), getattr(torch, task.config.dtype))
+    model = _MODELS[key]
+    assert isinstance(model, TextEncoder)
+    return model
+
+
+def _set_threads(threads: int) -> None:
+    """In every shard, not once: the number of threads can change the last bits of a sum."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+
+
+@cache
+def _device(work: Path) -> str:
+    """The CPU, or a GPU that no other worker on this machine has taken; workers beyond the GPUs share them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    count = torch.cuda.device_count()
+    for index in range(count):
+        lock = lock_file(work.with_name(f"{work.name}.{socket.gethostname()}.gpu{index}.lock"))
+        if lock:
+            _CLAIMS.append(lock)
+            return f"cuda:{index}"
+    return f"cuda:{os.getpid() % count}"

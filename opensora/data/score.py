@@ -1,31 +1,42 @@
-"""The step `score`: scores as columns first, thresholds on them second, the reason of every drop recorded."""
+"""The step `score`: scores as columns first, thresholds on them second, the reason of every drop recorded.
 
+What is measured lies in `.cache/score` beside the step's folder, a file for each part of the split step's manifest and
+for what decides the measures. Judging reads these files alone, so that another threshold decodes nothing, and one part
+of the manifest that changes is the only one to be measured again.
+"""
+
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from opensora.config import ExecutorConfig, ScoreConfig
-from opensora.data.executor import run_shards
+from opensora.data.clip_scores import ClipScorer, load_scorer
+from opensora.data.executor import STATUS, run_shards
+from opensora.data.judge import judge
+from opensora.data.measure import MEASURES, measure_clip
+from opensora.data.reuse import hash_folder
 from opensora.data.shards import read_clip
-from opensora.data.video import read_frames
+from opensora.data.video import VideoError
 from opensora.data.workers import advance
 from opensora.manifest import (
+    VERSION,
     Clip,
-    Tally,
     count_rows,
     list_parts,
     manifest_hash,
-    read_manifest,
     read_part,
     write_part,
 )
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report
+from opensora.weights import WeightsError, hash_file
 
-BLACK = 16  # of 255, darker pixels are black
-SMALL = 128  # pixels of the longer side on which motion is measured
-MOTION_FPS = 2.0  # frames a second that motion looks at
+UNREADABLE = "unreadable"
+CLIP_BATCH = 16  # clips that CLIP sees at once
 
 
 @dataclass(frozen=True)
@@ -34,126 +45,131 @@ class Task:
 
     inputs: Path  # part of the split step's manifest; its folder holds the tar files
     part: Path  # the same rows with scores
+    clip: Path | None = None  # folder of CLIP
+    head: Path | None = None  # file of its aesthetic head
 
 
-def run(config: ScoreConfig, inputs: Path, output: Path, executor: ExecutorConfig) -> Report:
+def run(
+    config: ScoreConfig,
+    inputs: Path,
+    output: Path,
+    executor: ExecutorConfig,
+    *,
+    clip: Path | None = None,
+    head: Path | None = None,
+) -> Report:
     """Score the kept clips of the split step in `inputs`, then apply the thresholds.
 
-    Scores are kept beside the step: another threshold decodes nothing again.
+    Args:
+        clip: folder of CLIP, for the scores `text_match` (clips with a given caption) and, with a head, `aesthetic`.
+        head: file of an aesthetic head, see `ClipScorer`.
 
     Raises:
-        StepError: no clip passes.
+        StepError: no clip passes, or a threshold has no model.
+        WeightsError: CLIP or the head cannot be loaded.
     """
-    given = manifest_hash(inputs)
-    folder = StepFolder(output, fingerprint(config.model_dump(exclude={"workers"}), given))
+    _check_models(config, clip, head)
+    cache = output.parent / ".cache" / output.name
+    models = _identify(clip, head, cache)
+    settings = config.model_dump(exclude={"workers", "clip", "aesthetic_head"})
+    folder = StepFolder(output, fingerprint(settings, MEASURES, models, manifest_hash(inputs)))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
-    cache = output.parent / ".cache" / f"scores-{given[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
-    tasks = [Task(part, cache / part.name) for part in list_parts(inputs)]
+    tasks = [Task(part, cache / _cache_name(part, models), clip, head) for part in list_parts(inputs)]
+    fresh = {task.part for task in tasks if not task.part.is_file()}
+    start = time.monotonic()
     run_shards(score_shard, tasks, executor, config.workers, "scoring clips", count_rows(inputs))
-    scored = apply_thresholds(add_duplicate_distance(read_manifest(cache)), config)
-    tally = Tally().add(scored)
-    start = 0
-    for part in list_parts(inputs):
-        end = start + len(read_part(part))
-        write_part(work / part.name, scored[start:end])
-        start = end
+    seconds = time.monotonic() - start
+    parts = [work / task.inputs.name for task in tasks]
+    verdict = judge(config, [task.part for task in tasks], parts)
+    tally = verdict.tally
     if not tally.kept:
         raise StepError(f"no clip passes the thresholds ({tally.reasons}); lower them in params.yaml under `score`")
-    return folder.finish(Report("score", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped)))
+    measured = sum(count for count, task in zip(verdict.scored, tasks, strict=True) if task.part in fresh)
+    metrics = {"video_s": verdict.video_s, "measured": float(measured), "clips_per_s": measured / max(seconds, 1e-3)}
+    if (cache / STATUS).is_file():
+        (cache / STATUS).replace(work / STATUS)
+    report = folder.finish(Report("score", tally.total, tally.kept, dict(tally.dropped), metrics))
+    _clean_cache(cache, {task.part for task in tasks if not _is_damaged(task.part)})
+    return report
+
+
+def _check_models(config: ScoreConfig, clip: Path | None, head: Path | None) -> None:
+    if clip is None and (head or config.min_text_match is not None):
+        raise StepError("score.min_text_match and score.aesthetic_head need CLIP; name its folder in score.clip")
+    if head is None and config.min_aesthetic is not None:
+        raise StepError("score.min_aesthetic needs a head over CLIP; name its file in score.aesthetic_head")
+
+
+def _identify(clip: Path | None, head: Path | None, memory: Path) -> str:
+    """What decides CLIP's scores: the contents of its files and of its head."""
+    if clip is None:
+        return ""
+    if not clip.is_dir():
+        raise WeightsError(f"{clip} is no folder; score.clip wants CLIP as Transformers saves it")
+    files = {name: value for name, value in hash_folder(clip, memory).items() if not name.endswith(".md")}
+    return fingerprint(files, hash_file(head) if head else "")
+
+
+def _cache_name(part: Path, models: str) -> str:
+    key = fingerprint(MEASURES, VERSION, models, hash_file(part))
+    return f"{part.stem}-{key[:16]}.parquet"
+
+
+def _is_damaged(part: Path) -> bool:
+    """Whether a clip of a measured part could not be read; its shard may be mended by the next run."""
+    table = pq.read_table(part, columns=["shard", "reason"])
+    return bool(pc.any(pc.and_(pc.starts_with(table["reason"], UNREADABLE), pc.not_equal(table["shard"], ""))).as_py())
+
+
+def _clean_cache(cache: Path, used: set[Path]) -> None:
+    """Remove what this run did not use; nobody else does, as this run holds the lock of the step's folder."""
+    for path in cache.glob("manifest-*"):
+        if path not in used:
+            path.unlink()
 
 
 def score_shard(task: Task) -> None:
-    """Measure the kept clips of one part."""
+    """Measure the kept clips of one part.
+
+    Clips are our own, so that they are decoded in this process; bytes that are not one make a dropped row.
+
+    Raises:
+        StepError: a shard is missing.
+    """
     cv2.setNumThreads(1)
-    rows = []
-    for clip in read_part(task.inputs):
+    scorer = load_scorer(task.clip, task.head) if task.clip else None
+    rows = read_part(task.inputs)
+    shown: dict[int, np.ndarray] = {}  # frames for CLIP, by row
+    for index, clip in enumerate(rows):
         if clip.kept:
-            frames = read_frames(read_clip(task.inputs.parent, clip))
-            grey = cv2.cvtColor(frames[len(frames) // 2], cv2.COLOR_RGB2GRAY)
-            clip = replace(clip, scores=measure(frames, clip.fps), perceptual_hash=f"{perceptual_hash(grey):016x}")
-        rows.append(clip)
+            try:
+                measured = measure_clip(_read(task.inputs.parent, clip), clip, pictures=scorer is not None)
+            except VideoError as error:
+                rows[index] = replace(clip, kept=False, reason=str(error))
+            else:
+                rows[index] = replace(clip, scores=measured.scores, perceptual_hash=measured.perceptual_hash)
+                if measured.pictures is not None:
+                    shown[index] = measured.pictures
+        if scorer and (len(shown) == CLIP_BATCH or index == len(rows) - 1):
+            _add_clip_scores(rows, shown, scorer)
+            shown.clear()
         advance()
     write_part(task.part, rows)
 
 
-def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
-    """Scores of a clip uint8 [T, H, W, 3]."""
-    grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
-    middle = grey[len(grey) // 2]
-    difference = np.abs(np.diff(grey.astype(np.int16), axis=0)).mean() if len(grey) > 1 else 0.0
-    return {
-        "duration_s": len(frames) / fps,
-        "short_side": float(min(frames.shape[1:3])),
-        "black": float((grey < BLACK).mean()),
-        "brightness": float(grey.mean()),
-        "frame_difference": float(difference),
-        "sharpness": float(cv2.Laplacian(middle, cv2.CV_64F).var()),
-        "motion": motion(grey, fps),
-    }
+def _read(folder: Path, clip: Clip) -> bytes:
+    try:
+        return read_clip(folder, clip)
+    except StepError:
+        if not (folder / clip.shard).is_file():
+            raise
+        raise VideoError(f"{UNREADABLE}: its shard {clip.shard} ends before it does") from None
 
 
-def motion(grey: np.ndarray, fps: float) -> float:
-    """Mean Farneback flow of grey frames [T, H, W], as a share of the frame's diagonal a second."""
-    step = max(1, round(fps / MOTION_FPS))
-    if len(grey) <= step:
-        step = max(1, len(grey) - 1)
-    scale = min(1.0, SMALL / max(grey.shape[1:]))
-    small = [cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for frame in grey[::step]]
-    if len(small) < 2:
-        return 0.0
-    flows = [
-        cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 15, 3, 5, 1.2, 0)
-        for before, after in zip(small[:-1], small[1:], strict=True)
-    ]
-    length = np.mean([np.linalg.norm(flow, axis=2).mean() for flow in flows])
-    return float(length / np.hypot(*small[0].shape) * fps / step)
-
-
-def perceptual_hash(grey: np.ndarray) -> int:
-    """64 bits: signs of the lowest 8×8 cosine coefficients against their median."""
-    small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
-    low = cv2.dct(small)[:8, :8].flatten()
-    bits = low > np.median(low[1:])
-    return int("".join("1" if bit else "0" for bit in bits), 2)
-
-
-def add_duplicate_distance(clips: list[Clip]) -> list[Clip]:
-    """Adds `duplicate_distance`: bits between a clip's hash and the nearest earlier kept one; 64 for the first."""
-    seen = np.empty((0,), dtype=np.uint64)
-    result = []
-    for clip in clips:
-        if clip.kept:
-            value = np.uint64(int(clip.perceptual_hash, 16))
-            distance = int(np.bitwise_count(seen ^ value).min()) if len(seen) else 64
-            seen = np.append(seen, value)
-            clip = replace(clip, scores=clip.scores | {"duplicate_distance": float(distance)})
-        result.append(clip)
-    return result
-
-
-def apply_thresholds(clips: list[Clip], config: ScoreConfig) -> list[Clip]:
-    """Drop clips whose scores miss a threshold; the first one missed is the reason."""
-    at_least = {
-        "duration_s": ("short", config.min_duration_s),
-        "short_side": ("small", config.min_short_side),
-        "frame_difference": ("static", config.min_frame_difference),
-        "motion": ("still", config.min_motion),
-        "sharpness": ("blurred", config.min_sharpness),
-    }
-    return [_judge(clip, at_least, config) if clip.kept else clip for clip in clips]
-
-
-def _judge(clip: Clip, at_least: dict[str, tuple[str, float | None]], config: ScoreConfig) -> Clip:
-    scores = clip.scores
-    if config.max_black is not None and scores["black"] > config.max_black:
-        return replace(clip, kept=False, reason=f"black: {scores['black']:.2f} > {config.max_black:g}")
-    for name, (reason, limit) in at_least.items():
-        if limit is not None and scores[name] < limit:
-            return replace(clip, kept=False, reason=f"{reason}: {name} {scores[name]:.4g} < {limit:g}")
-    near = config.max_duplicate_distance
-    if near is not None and scores["duplicate_distance"] <= near:
-        return replace(clip, kept=False, reason=f"duplicate: {scores['duplicate_distance']:.0f} bits from another clip")
-    return clip
+def _add_clip_scores(rows: list[Clip], shown: dict[int, np.ndarray], scorer: ClipScorer) -> None:
+    found = scorer(list(shown.values()), [rows[index].caption for index in shown])
+    for index, scores in zip(shown, found, strict=True):
+        rows[index] = replace(rows[index], scores=rows[index].scores | scores)

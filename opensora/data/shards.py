@@ -1,15 +1,27 @@
-"""Tar shards in WebDataset layout: `<clip_id>.mp4` beside `<clip_id>.json`, read by offset without the rest."""
+"""Shards: clips in tar files of WebDataset layout, latents and texts in safetensors files, all read by place or key.
+
+`<clip_id>.mp4` stands beside `<clip_id>.json` in a tar file. A safetensors file of latents holds `latent_names`, one of
+texts a tensor under each `text_key`.
+"""
 
 import io
 import json
 import os
 import tarfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from opensora.manifest import Clip
 from opensora.step import StepError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HEADER = 512  # bytes of a ustar header
+OPEN_FILES = 64  # safetensors files that a reader keeps open
 
 
 class ShardWriter:
@@ -66,13 +78,86 @@ def read_clip(folder: Path, clip: Clip) -> bytes:
     Raises:
         StepError: the shard is missing or shorter than the manifest says.
     """
-    path = folder / clip.shard
+    return read_bytes(folder / clip.shard, clip.offset, clip.size, clip.clip_id)
+
+
+def read_bytes(path: Path, offset: int, size: int, clip_id: str) -> bytes:
+    """The mp4 of a clip whose place in a shard is known; errors as in `read_clip`."""
     try:
         with path.open("rb") as handle:
-            handle.seek(clip.offset)
-            data = handle.read(clip.size)
+            handle.seek(offset)
+            data = handle.read(size)
     except FileNotFoundError:
-        raise StepError(f"shard {path} of clip {clip.clip_id} is missing; run `opensora split` again") from None
-    if len(data) != clip.size:
-        raise StepError(f"shard {path} is shorter than the manifest says (clip {clip.clip_id}); run `opensora split`")
+        raise StepError(f"shard {path} of clip {clip_id} is missing; run `opensora split` again") from None
+    if len(data) != size:
+        raise StepError(f"shard {path} is shorter than the manifest says (clip {clip_id}); run `opensora split`")
     return data
+
+
+def text_key(caption: str) -> str:
+    """Name of a caption's embedding [L, Cc]: clips of the same words share it."""
+    return sha256(caption.encode()).hexdigest()[:16]
+
+
+def latent_names(clip_id: str, height: int, width: int) -> tuple[str, str]:
+    """Names of the mean and of the standard deviation, both [T, C, h, w], of a clip at a size in pixels."""
+    return f"{clip_id}/{height}x{width}/mean", f"{clip_id}/{height}x{width}/std"
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write a safetensors file that appears whole or not at all; the same tensors give the same bytes."""
+    from safetensors.torch import save_file
+
+    part = path.with_name(path.name + ".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    with part.open("rb") as handle:
+        os.fsync(handle.fileno())
+    part.replace(path)
+
+
+class TensorFiles:
+    """Tensors of a folder's safetensors files, by file and name; the files used last stay open.
+
+    It can be pickled: another process opens the files anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return TensorFiles, (self.folder,)
+
+    def read(self, file: str, name: str, rows: slice = slice(None)) -> "Tensor":
+        """A tensor, or only some of its first axis, without reading the rest of the file.
+
+        Raises:
+            StepError: the file is missing or damaged, or has no such tensor.
+        """
+        return self.part(file, name)[rows]
+
+    def shape(self, file: str, name: str) -> list[int]:
+        """The shape of a tensor, which is not read; errors as in `read`."""
+        return self.part(file, name).get_shape()
+
+    def part(self, file: str, name: str) -> Any:
+        """safetensors' slice of a tensor; errors as in `read`."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / file
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(path, "pt")
+            except FileNotFoundError:
+                raise StepError(f"{path} is missing, which holds {name}; run `opensora encode` again") from None
+            except (OSError, SafetensorError) as error:
+                raise StepError(f"{path} is damaged ({error}); run `opensora encode` again") from error
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(file)
+        try:
+            return self._open[file].get_slice(name)
+        except SafetensorError:
+            raise StepError(
+                f"{path} has no tensor {name}; run `opensora encode` again, with the size in encode.sizes"
+            ) from None

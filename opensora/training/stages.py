@@ -4,17 +4,22 @@ import json
 import logging
 import sys
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora.config import TRAIN_STEPS, Config, TrainConfig, UserError, build_config
-from opensora.manifest import kept_clips, read_manifest
 from opensora.process import end_with_parent
-from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.step import FINGERPRINT, Report, StepError, StepFolder, fingerprint, read_report, write_json
 from opensora.weights import find_weights
 
 if TYPE_CHECKING:
+    import torch
+
+    from opensora.data.buckets import Bucket
+    from opensora.data.loader import Samples
     from opensora.models.stdit import STDiT
+    from opensora.training.step_encoder import StepEncoder
 
 JOB = "job.json"
 RESULT = "result.json"
@@ -22,12 +27,26 @@ log = logging.getLogger(__name__)
 STOPPED = "stopped.json"  # the signal that stopped the processes, after their checkpoint
 
 
-def run(config: Config, stage: str, encode: Path, previous: Path | None, output: Path, root: Path) -> Report:
+@dataclass(frozen=True)
+class Source:
+    """Where a stage's samples come from: the encode step's shards, or clips that are encoded in the step."""
+
+    manifest: Path  # folder of the encode step; of the caption step for clips
+    shards: Path | None = None  # folder of the split step, for clips
+    vae: Path | None = None  # folders of the models, for clips
+    text: Path | None = None
+
+    def resolved(self) -> dict[str, str]:
+        """The paths that there are, absolute, for another process."""
+        return {name: str(path.resolve()) for name, path in vars(self).items() if path}
+
+
+def run(config: Config, stage: str, source: Source, previous: Path | None, output: Path, root: Path) -> Report:
     """Train one stage and leave `output/checkpoints`.
 
     Args:
         stage: `train_image`, `train_video` or `train_highres`.
-        encode: folder of the encode step.
+        source: for the stage's `data`; clips need all of it.
         previous: folder of the stage before, whose averaged weights this one starts from; None for the first.
         output: final folder of the step.
         root: folder of all results, where the tracking store lies by default.
@@ -38,8 +57,10 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
     """
     train: TrainConfig = getattr(config, stage)
     before = read_report(previous).metrics if previous else {}
-    data = fingerprint(read_report(encode).metrics)
-    folder = StepFolder(output, fingerprint(stage, train.model_dump(), config.model.model_dump(), before, data))
+    read_report(source.manifest)
+    data = json.loads((source.manifest / FINGERPRINT).read_text())
+    settings = train.model_dump(exclude={"loader_workers"})  # which change no sample
+    folder = StepFolder(output, fingerprint(stage, settings, config.model.model_dump(), before, data))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
@@ -47,7 +68,7 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
     job = {
         "config": config.model_dump(mode="json"),
         "stage": stage,
-        "encode": str(encode.resolve()),
+        "source": source.resolved(),
         "previous": str(previous.resolve()) if previous else "",
         "root": str(root.resolve()),
     }
@@ -56,11 +77,12 @@ def run(config: Config, stage: str, encode: Path, previous: Path | None, output:
         train_in_process(work)
     else:
         _launch(work, train.processes)
-    metrics = json.loads((work / RESULT).read_text())
+    result = json.loads((work / RESULT).read_text())
     (work / JOB).unlink()
     (work / RESULT).unlink()
-    kept = int(metrics.pop("clips"))
-    return folder.finish(Report(stage, total=kept, kept=kept, metrics=metrics))
+    kept, excluded = result["clips"], result["excluded"]
+    total = kept + sum(excluded.values())
+    return folder.finish(Report(stage, total=total, kept=kept, dropped=excluded, metrics=result["metrics"]))
 
 
 def _launch(work: Path, processes: int) -> None:
@@ -99,40 +121,66 @@ def _launch(work: Path, processes: int) -> None:
 
 def train_in_process(work: Path) -> None:
     """One process of a stage, described by the job file in `work`; rank 0 leaves the result there."""
-    from opensora.data.dataset import LatentDataset
+    from opensora.data.buckets import Bucket, Plan
     from opensora.parallel.engine import build_engine
     from opensora.tracking import Tracker
     from opensora.training.train import Stopped, Trainer
 
     job = json.loads((work / JOB).read_text())
-    config, stage, encode = build_config(job["config"]), job["stage"], Path(job["encode"])
+    config, stage = build_config(job["config"]), job["stage"]
     train: TrainConfig = getattr(config, stage)
+    source = Source(**{name: Path(path) for name, path in job["source"].items()})
     engine = build_engine(train)
-    clips = kept_clips(read_manifest(encode))
-    data = LatentDataset(
-        encode, clips, train.height, train.width, train.frames, train.frame_interval, config.encode.max_tokens
-    )
-    model = build_model(config, stage, data.latent_size[0], Path(job["previous"]) if job["previous"] else None)
-    info = {"config": job["config"], "stage": stage, **model_places(config, train, data.latent_size[0])}
+    bucket = Bucket(train.frames, train.height, train.width, train.batch_size, train.frame_interval)
+    data, encoder, latent_height = open_data(config, train, source, bucket, engine.device)
+    plan = Plan(data.clips, [bucket], train.seed, engine.world_size)
+    model = build_model(config, stage, latent_height, Path(job["previous"]) if job["previous"] else None)
+    info = {"config": job["config"], "stage": stage, **model_places(config, train, latent_height)}
     tracker = None
     if engine.rank == 0:
+        log.info("%s: %d of %d clips; not used: %s", stage, len(plan), plan.total, dict(plan.excluded) or "none")
         params = {"train": train.model_dump(), "model": config.model.model_dump()}
         tracker = Tracker.start(Path(job["root"]), config.profile, stage, params, {}, work)
     try:
-        trainer = Trainer(train, model, data, engine, tracker, work, info)
+        trainer = Trainer(train, model, data, plan, engine, tracker, work, info, encoder)
         if tracker:
             with tracker:
                 metrics = trainer.run()
         else:
             metrics = trainer.run()
         if engine.rank == 0:
-            write_json(work / RESULT, metrics | {"clips": len(data)})
+            write_json(work / RESULT, {"metrics": metrics, "clips": len(plan), "excluded": dict(plan.excluded)})
     except Stopped as stopped:
         if engine.rank == 0:
             write_json(work / STOPPED, stopped.number)
         raise
     finally:
         engine.close()
+
+
+def open_data(
+    config: Config, train: TrainConfig, source: Source, bucket: "Bucket", device: "torch.device"
+) -> "tuple[Samples, StepEncoder | None, int]":
+    """The stage's data set, what encodes its frames if it holds frames, and the height of its latents.
+
+    Raises:
+        StepError: there are no clips, or none of that size.
+    """
+    match train.data:
+        case "latents":
+            from opensora.data.dataset import LatentDataset
+
+            latents = LatentDataset(source.manifest, [bucket], config.encode.max_tokens)
+            return latents, None, latents.latent_size[0]
+        case "clips":
+            from opensora.data.clip_dataset import ClipDataset
+            from opensora.training.step_encoder import StepEncoder
+
+            assert source.shards
+            assert source.vae
+            assert source.text
+            encoder = StepEncoder(config.encode, source.vae, source.text, device)
+            return ClipDataset(source.manifest, source.shards, [bucket]), encoder, train.height // encoder.vae.scale
 
 
 def model_places(config: Config, train: TrainConfig, latent_height: int) -> dict[str, object]:

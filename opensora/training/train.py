@@ -5,7 +5,7 @@ import logging
 import math
 import signal
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opensora.config import TrainConfig, UserError
-from opensora.data.dataset import LatentDataset, batches, draw_seed
+from opensora.data.buckets import Plan, draw_seed
+from opensora.data.loader import Samples, load_batches
 from opensora.diffusion.iddpm import IDDPM
 from opensora.diffusion.rectified_flow import RectifiedFlow
 from opensora.models.stdit import STDiT
@@ -25,9 +26,17 @@ from opensora.parallel.engine import Engine
 from opensora.progress import track
 from opensora.step import StepError
 from opensora.tracking import Tracker
-from opensora.training.checkpoint import CheckpointError, load_weights, newest_checkpoint, remove_old, save_checkpoint
+from opensora.training.checkpoint import (
+    INFO,
+    CheckpointError,
+    load_weights,
+    newest_checkpoint,
+    remove_old,
+    save_checkpoint,
+)
 from opensora.training.ema import Ema
 from opensora.training.meter import Meter
+from opensora.training.step_encoder import StepEncoder
 
 LOSSES = "losses.jsonl"
 MAX_BAD_STEPS = 20  # skipped in a row before the run gives up
@@ -90,22 +99,28 @@ def build_objective(config: TrainConfig) -> IDDPM | RectifiedFlow:
 
 @dataclass
 class Trainer:
-    """One stage in training. `folder` receives checkpoints/ and losses.jsonl; `info` goes into each checkpoint."""
+    """One stage in training. `folder` receives checkpoints/ and losses.jsonl; `info` goes into each checkpoint.
+
+    The samples of `data` are latents, or frames that `encoder` encodes in the step.
+    """
 
     config: TrainConfig
     model: STDiT
-    data: LatentDataset
+    data: Samples
+    plan: Plan
     engine: Engine
     tracker: Tracker | None
     folder: Path
     info: dict[str, object]
+    encoder: StepEncoder | None = None
 
     def run(self) -> dict[str, float]:
         """Train to the last step, from the newest checkpoint in the folder if there is one; the last metrics.
 
         Raises:
             Stopped: a signal arrived, and a checkpoint was written.
-            StepError: the loss was not finite too many times in a row.
+            StepError: the loss was not finite too many times in a row, data could not be read, or the checkpoint was
+                made with other data.
         """
         config, engine = self.config, self.engine
         self.model.to(engine.device).train()
@@ -117,11 +132,11 @@ class Trainer:
         self.forward = engine.prepare(self.model, optimizer)
         objective = build_objective(config)
         start = self._resume()
-        stream = batches(self.data, config.batch_size, config.seed, engine.rank, engine.world_size, start)
+        stream = load_batches(self.data, self.plan, engine.rank, start, config.steps, config.loader_workers)
         meter = Meter(config.steps, self._tokens())
         metrics: dict[str, float] = {}
         bad_in_a_row = 0
-        with StopFlag() as stop:
+        with StopFlag() as stop, closing(stream):
             steps: Iterable[int] = range(start, config.steps)
             if engine.rank == 0:
                 steps = track(steps, config.steps - start, "training", lines=False)
@@ -168,6 +183,8 @@ class Trainer:
         # The caption drop inside the model draws from the global generator.
         torch.manual_seed(draw_seed(self.config.seed, step, self.engine.rank))
         device = self.engine.device
+        if self.encoder:
+            batch = self.encoder(batch)
         x0 = batch["latent"].to(device)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["noise_seed"]]
         t = torch.cat([objective.sample_timesteps(1, generator) for generator in generators]).to(device)
@@ -185,13 +202,14 @@ class Trainer:
         except CheckpointError:
             self._cut_losses(0)
             return 0
+        info = json.loads((path / INFO).read_text())
+        step = self.plan.load_state_dict(info["data"])
         load_weights(self.model, path, "model")
         self.ema.load_state_dict(load_file(path / "ema.safetensors"))
         self.engine.load(path / "optimizer.pt")
         rng = torch.load(path / "rng.pt", weights_only=True)
         if self.engine.rank < len(rng):
             torch.set_rng_state(rng[self.engine.rank])
-        step = int(path.name.removeprefix("step-"))
         self._cut_losses(step)
         log.info("resuming from %s", path)
         return step
@@ -219,7 +237,7 @@ class Trainer:
                 ema=self.ema.state_dict(),
                 rng=rng,
                 save_optimizer=self.engine.save,
-                info=self.info,
+                info=self.info | {"data": self.plan.state_dict(step)},
             )
             remove_old(folder, self.config.keep_checkpoints)
             if self.tracker:

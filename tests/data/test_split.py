@@ -5,15 +5,13 @@ import shutil
 from pathlib import Path
 
 import av
-import cv2
 import numpy as np
 import pytest
 
 from opensora.config import DownloadConfig, ExecutorConfig, SplitConfig
 from opensora.data import download, split
 from opensora.data.shards import read_clip
-from opensora.data.split import clip_size, cut
-from opensora.data.video import decode, read_frames
+from opensora.data.video import read_frames
 from opensora.data.workers import Outcome
 from opensora.manifest import GIVEN, Clip, read_manifest
 from tests.shared import shared
@@ -94,34 +92,6 @@ def test_clips_are_normalised(tmp_path: Path) -> None:
             assert len(read_frames(read_clip(tmp_path / "split", clip))) == clip.frames
 
 
-def test_rotation_is_baked_in() -> None:
-    path = shared("videos/rotated_90.mov")
-    _, ours = next(iter(decode(path)))
-    _, theirs = cv2.VideoCapture(str(path)).read()  # OpenCV turns the picture itself
-    assert ours.shape == theirs.shape
-    assert np.abs(ours.astype(int) - theirs[..., ::-1]).mean() < 3
-
-
-def test_variable_rate_becomes_constant(tmp_path: Path) -> None:
-    path = shared("videos/bunny_vfr.mp4")
-    frames = list(decode(path))
-    config = CONFIG.model_copy(update={"fps": 30.0})
-    ((clip, data),) = list(cut(path, Clip("x", "x"), [(0.0, float("inf"))], config, 16.9))
-    assert clip.frames == pytest.approx(frames[-1][0] * 30, abs=3)
-    shown = read_frames(data)
-    for second in (1.0, 2.5, 4.0):
-        small = [cv2.resize(pixels, (clip.width, clip.height), interpolation=cv2.INTER_AREA) for _, pixels in frames]
-        errors = [np.abs(shown[round(second * 30)].astype(int) - pixels).mean() for pixels in small]
-        expected = max(index for index, (when, _) in enumerate(frames) if when <= second + 0.25 / 30)
-        assert int(np.argmin(errors)) == expected
-
-
-def test_small_videos_are_not_scaled_up() -> None:
-    assert clip_size(128, 96, 512) == (128, 96)
-    assert clip_size(1921, 1081, 540) == (960, 540)
-    assert clip_size(63, 47, 512) == (62, 46)
-
-
 def test_the_executor_does_not_change_a_byte(clips: Path, tmp_path: Path) -> None:
     from opensora.config import load_config
     from tests.conftest import ROOT
@@ -153,3 +123,67 @@ def test_a_stopped_run_goes_on_with_the_videos_that_are_left(
     split.run(CONFIG, tmp_path / "download", tmp_path / "split", EXECUTOR)
     assert len(begun) == 3 + 2  # four videos: two were kept, the third was begun twice
     assert len(read_manifest(tmp_path / "split")) == 16
+
+
+def test_given_spans_are_the_clips(tmp_path: Path) -> None:
+    colours(tmp_path / "a.mp4", [20, 13, 25])
+    spans = [(0.5, 1.5, "one"), (1.0, 3.0, "two overlaps"), (0.5, 1.5, "one again"), (9.0, 12.0, "past the end")]
+    lines = [{"path": "a.mp4", "start_s": a, "end_s": b, "caption": text} for a, b, text in spans]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    clips = pack(tmp_path / "list.jsonl", tmp_path, CONFIG.model_copy(update={"given_spans": True}))
+    kept = [clip for clip in clips if clip.kept]
+    assert [(clip.start_frame, clip.end_frame, clip.caption) for clip in kept] == [
+        (5, 15, "one"),
+        (10, 30, "two overlaps"),
+    ]
+    assert [clip.reason.split(":")[0] for clip in clips if not clip.kept] == ["outside"]
+    shown = [numbers(read_frames(read_clip(tmp_path / "split", clip))) for clip in kept]
+    assert shown == [list(range(5, 15)), list(range(10, 30))]
+    assert len({clip.clip_id for clip in clips}) == 3
+
+
+def test_a_source_that_changed_or_is_gone_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, length in {"a": 20, "b": 21, "c": 22}.items():
+        colours(tmp_path / "in" / f"{name}.mp4", [length])
+    download.run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download", EXECUTOR)
+    colours(tmp_path / "in" / "a.mp4", [30])
+    (tmp_path / "in" / "b.mp4").unlink()
+    split.run(CONFIG, tmp_path / "download", tmp_path / "split", EXECUTOR)
+    assert [clip.reason.split(":")[0] for clip in read_manifest(tmp_path / "split")] == ["changed", "missing", ""]
+
+
+def test_names_of_any_letters(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    names = ["a b.mp4", 'it\'s "quoted".mp4', "two\nlines.mp4", "видео-日本.mp4", "a:b%20.mp4", "-x.mp4"]
+    for number, name in enumerate(names):
+        colours(tmp_path / "in" / name, [10 + number])
+    clips = pack(tmp_path / "in", tmp_path)
+    assert sorted(Path(clip.source).name for clip in clips if clip.kept) == sorted(names)
+
+
+def test_a_decoder_that_hangs_or_dies_costs_its_video_alone(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    def odd(function, job, timeout_s):  # type: ignore[no-untyped-def]
+        done.append(job)
+        if len(done) == 1:
+            return Outcome(0, failure=f"timeout: no result after {timeout_s:g} s")
+        return Outcome(0, function(job))
+
+    shutil.copytree(clips / "download", tmp_path / "download")
+    shutil.copytree(clips / "videos", tmp_path / "videos")
+    monkeypatch.setattr(split, "call_isolated", odd)
+    report = split.run(CONFIG, tmp_path / "download", tmp_path / "split", EXECUTOR)
+    assert report.dropped == {"timeout": 1}
+    assert report.kept == 12  # three videos of four shots
+
+
+def test_a_full_disk_stops_the_step(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Outcome(0, failure="[Errno 28] No space left on device", error_number=28)
+    monkeypatch.setattr(split, "call_isolated", lambda *_: full)
+    with pytest.raises(OSError, match="No space left"):
+        split.run(CONFIG, clips / "download", tmp_path / "split", EXECUTOR)
+    assert not (tmp_path / "split").exists()

@@ -12,7 +12,7 @@ from opensora.manifest import GIVEN, Clip, part_name, write_part
 
 def test_it_learns_and_loads_like_a_real_one(tmp_path: Path) -> None:
     from opensora.config import CaptionConfig
-    from opensora.data.caption import Captioner
+    from opensora.data.llava import Llava
 
     rng = np.random.default_rng(0)
     scenes = all_scenes()[::16]  # three colours
@@ -20,8 +20,9 @@ def test_it_learns_and_loads_like_a_real_one(tmp_path: Path) -> None:
     losses: list[float] = []
     train_llava(tmp_path, pairs, prompt="what", steps=150, seed=0, progress=lambda step, loss: losses.append(loss))
     assert losses[-1] < 0.1 * losses[0]
-    captioner = Captioner(tmp_path, CaptionConfig(prompt="what", max_new_tokens=12, threads=1))
-    assert captioner([frames for frames, _ in pairs]) == [scene.caption for scene in scenes]
+    captioner = Llava(tmp_path, CaptionConfig(prompt="what", max_new_tokens=12, threads=1))
+    answers = captioner.caption([frames for frames, _ in pairs])
+    assert [answer.text for answer in answers] == [scene.caption for scene in scenes]
 
 
 def test_exact_match_leaves_given_captions_out(tmp_path: Path) -> None:
