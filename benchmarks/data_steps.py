@@ -14,6 +14,7 @@ import time
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,10 +72,9 @@ def captioned(folder: Path, data: bytes, count: int) -> Path:
         for place in range(PART_CLIPS):
             name = f"{index:08d}{place:08d}"
             shard, offset, size = writer.add(name, data, {})
-            about = {"frames": 8, "end_frame": 8, "end_s": 1.0, "fps": 8.0, "width": 32, "height": 32}
-            rows.append(
-                Clip(name, "x", shard=shard, offset=offset, size=size, caption=" ".join(WORDS), caption_model="m", **about)
-            )
+            about: dict[str, Any] = {"frames": 8, "end_frame": 8, "end_s": 1.0, "fps": 8.0, "width": 32, "height": 32}
+            about |= {"shard": shard, "offset": offset, "size": size}
+            rows.append(Clip(name, "x", caption=" ".join(WORDS), caption_model="m", **about))
         writer.close()
         write_part(folder / part_name(index), rows)
     return folder

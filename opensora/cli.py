@@ -41,7 +41,7 @@ Profile = Annotated[
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as in --set train_video.lr=2e-5.")]
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Workdir = Annotated[Path, typer.Option("--workdir", help="Root of the results: WORKDIR/<profile>/<step>/.")]
-Source = Annotated[str, typer.Option("--source", help="Folder of videos, or a csv, jsonl or parquet list of URLs.")]
+Source = Annotated[str, typer.Option("--source", help="Folder, list, archive, s3://bucket/folder or hf://datasets/owner/name.")]
 
 PARAMS = Path("params.yaml")
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -90,7 +90,7 @@ def run(
     params: Params = PARAMS,
     workdir: Workdir = RUNS,
 ) -> None:
-    """Run the whole chain on a folder of videos, a list of URLs, or the embedded world.
+    """Run the whole chain on videos of yours, or on the embedded world.
 
     A stopped run goes on where it was; finished steps whose inputs did not change are not run again.
     """

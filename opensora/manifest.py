@@ -59,7 +59,7 @@ class Clip:
     offset: int = 0  # byte of the clip's data in the shard
     size: int = 0  # bytes
     scores: dict[str, float] = field(default_factory=dict)
-    perceptual_hash: str = ""  # 64 bits of the middle frame, hexadecimal
+    perceptual_hash: str = ""  # 64 bits of three frames, hexadecimal; empty for flat colour
     caption: str = ""
     caption_model: str = ""  # GIVEN, or the model's name
     caption_prompt: str = ""

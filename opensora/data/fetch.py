@@ -20,6 +20,7 @@ BACK_OFF_S = 0.5  # before the second try; doubles, and a random half of it is l
 MAX_BACK_OFF_S = 60.0
 AGAIN = {408, 425, 429}  # the 4xx that another try may mend
 VALIDATORS = ".http.json"  # beside a file: what its server said it was
+SURE_S = 2.0  # between a file's change and its answer, for the change to tell versions apart
 MIB = 1 << 20
 
 
@@ -48,6 +49,14 @@ class _Version:
             return cls(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             return cls()
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str]) -> "_Version":
+        """From an answer; a Last-Modified of this very moment says nothing: the file may change in its second."""
+        modified = headers.get("Last-Modified", "")
+        if _time(headers.get("Date", "")) - _time(modified) < SURE_S:
+            modified = ""
+        return cls(headers.get("ETag", ""), modified)
 
     @property
     def strong(self) -> str:
@@ -99,9 +108,7 @@ def _try(url: str, target: Path, part: Path, config: DownloadConfig, deadline: f
         _check_status(answer.status_code, answer.headers)
         if answer.status_code != 206:
             have = 0
-        begun.write_text(
-            json.dumps(asdict(_Version(answer.headers.get("ETag", ""), answer.headers.get("Last-Modified", ""))))
-        )
+        begun.write_text(json.dumps(asdict(_Version.of(answer.headers))))
         length = answer.headers.get("Content-Length", "")
         expected = have + int(length) if length.isdigit() else None
         if (expected or 0) > config.max_mib * MIB:
@@ -135,10 +142,13 @@ def _check_status(code: int, headers: Mapping[str, str]) -> None:
 
 def _retry_after(value: str) -> float:
     """Seconds to wait: the header holds a number of them or a date."""
-    if value.isdigit():
-        return float(value)
+    return float(value) if value.isdigit() else max(0.0, _time(value) - time.time())
+
+
+def _time(value: str) -> float:
+    """Seconds since 1970 of a date as HTTP writes it; 0 for anything else."""
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return parsedate_to_datetime(value).timestamp()
     except (TypeError, ValueError):
         return 0.0
 

@@ -32,7 +32,6 @@ NAMES = {
     "frame_difference": "Change between frames, 0…255",
     "sharpness": "Sharpness, variance of the Laplacian",
     "motion": "Motion, share of the diagonal a second",
-    "duplicate_distance": "Nearest other clip, bits of 64",
     "aesthetic": "Aesthetic score",
     "text_match": "Match of frames and caption, cosine",
 }

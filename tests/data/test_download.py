@@ -1,9 +1,14 @@
-"""Downloads: cut connections, dead links, private hosts, bad files, and a resumed run."""
+"""The step `download`: good and bad files, lists, archives and buckets; nothing is lost, brought or counted twice."""
 
+import io
 import json
+import os
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -11,81 +16,52 @@ import pytest
 
 from opensora.clip_file import write_clip
 from opensora.config import DownloadConfig, ExecutorConfig
-from opensora.data.download import DownloadError, fetch, list_items, run
-from opensora.manifest import Span, read_manifest
+from opensora.data.download import run
+from opensora.manifest import Clip, Span, manifest_hash, read_manifest
 from opensora.step import StepError
 from tests.shared import shared
 
-CONTENT = bytes(range(256)) * 4000
 EXECUTOR = ExecutorConfig(kind="sequential")
-CONFIG = DownloadConfig(allow_private_hosts=True, retries=5, timeout_s=5)
+LOCAL = DownloadConfig(allow_private_hosts=True, retries=0, timeout_s=5, max_bad_share=0.9)
 
 
-class Cutting(BaseHTTPRequestHandler):
-    """Ends every connection after 300,000 bytes; honours ranges when `ranges` is set."""
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opensora.data.fetch.BACK_OFF_S", 0.0)
 
-    requests: list[str | None] = []  # noqa: RUF012 (one server a test)
-    ranges = True
 
-    def do_GET(self) -> None:
-        if self.path == "/missing":
-            self.send_error(404)
-            return
-        wanted = self.headers.get("Range")
-        self.requests.append(wanted)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
-        self.send_header("ETag", '"one"')
-        self.end_headers()
-        self.wfile.write(CONTENT[start : start + 300_000])
+class Counting(SimpleHTTPRequestHandler):
+    """Serves a folder and counts whole answers by path."""
+
+    served: list[str] = []  # noqa: RUF012 (one server a test)
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        if code == 200:
+            self.served.append(self.path)
+        super().send_response(code, message)
 
     def log_message(self, *_: object) -> None:
         pass
 
 
-@pytest.fixture
-def server() -> Iterator[str]:
-    Cutting.requests, Cutting.ranges = [], True
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Cutting)
+def serve(folder: Path) -> ThreadingHTTPServer:
+    Counting.served = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Counting, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
+    return server
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and its URL."""
+    (tmp_path / "web").mkdir()
+    server = serve(tmp_path / "web")
+    yield tmp_path / "web", f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opensora.data.download.BACK_OFF_S", 0.0)
-
-
-def test_a_cut_connection_goes_on_where_it_broke(server: str, tmp_path: Path) -> None:
-    fetch(f"{server}/x", tmp_path / "x", CONFIG)
-    assert (tmp_path / "x").read_bytes() == CONTENT
-    starts = [int(wanted[6:-1]) for wanted in Cutting.requests[1:] if wanted]
-    assert Cutting.requests[0] is None
-    assert len(starts) >= 3
-    assert starts == sorted(set(starts))
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_without_ranges_nothing_half_stands_under_the_name(server: str, tmp_path: Path) -> None:
-    Cutting.ranges = False
-    with pytest.raises(DownloadError, match="download failed"):
-        fetch(f"{server}/x", tmp_path / "x", CONFIG)
-    assert not (tmp_path / "x").exists()
-
-
-def test_dead_links_and_large_files_are_not_tried_again(server: str, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="dead link: HTTP 404"):
-        fetch(f"{server}/missing", tmp_path / "x", CONFIG)
-    small = CONFIG.model_copy(update={"max_mib": 1})
-    fetch(f"{server}/x", tmp_path / "x", small)  # just under a MiB
-
-
-def test_private_hosts_are_refused(server: str, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"refused: 127\.0\.0\.1"):
-        fetch(f"{server}/x", tmp_path / "x", DownloadConfig())
-    assert Cutting.requests == []
+def rows(tmp_path: Path) -> dict[str, Clip]:
+    return {Path(row.source).name: row for row in read_manifest(tmp_path / "download")}
 
 
 def video(path: Path, seed: int = 0) -> Path:
@@ -122,7 +98,8 @@ def test_real_bad_videos_are_recorded(tmp_path: Path) -> None:
 
 def test_a_list_with_a_dead_entry(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
-    lines = [{"url": "a.mp4", "licence": "CC0-1.0"}, {"url": "gone.mp4"}, {"url": "a.mp4", "sha256": "00"}]
+    video(tmp_path / "b.mp4", seed=1)
+    lines = [{"url": "a.mp4", "licence": "CC0-1.0"}, {"url": "gone.mp4"}, {"url": "b.mp4", "sha256": "00"}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report = run(DownloadConfig(max_bad_share=0.9), str(tmp_path / "list.jsonl"), tmp_path / "download", EXECUTOR)
     assert report.dropped == {"missing": 1, "wrong content": 1}
@@ -153,13 +130,20 @@ def test_twice_is_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere", "no such folder"), ("empty", "holds no video"), ("x.txt", "neither a folder")]
+    ("name", "message"),
+    [
+        ("nowhere", "does not exist"),
+        ("empty", "holds no video"),
+        ("x.pdf", "none of the sources"),
+        ("y.csv", "no rows"),
+    ],
 )
 def test_bad_sources(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "x.txt").write_text("")
+    (tmp_path / "x.pdf").write_text("")
+    (tmp_path / "y.csv").write_text("url\n")
     with pytest.raises(StepError, match=message):
-        list_items(str(tmp_path / name), DownloadConfig())
+        run(LOCAL, str(tmp_path / name), tmp_path / "download", EXECUTOR)
 
 
 def test_nothing_usable_fails_with_the_reasons(tmp_path: Path) -> None:
@@ -168,3 +152,151 @@ def test_nothing_usable_fails_with_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="1 unreadable"):
         run(DownloadConfig(), str(tmp_path / "in"), tmp_path / "download", EXECUTOR)
     assert not (tmp_path / "download").exists()
+
+
+def test_a_list_that_grows_costs_only_what_is_new(web: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = web
+    for number in range(3):
+        video(folder / f"{number}.mp4", seed=number)
+        os.utime(folder / f"{number}.mp4", (1e9, 1e9))
+    (folder / "list.csv").write_text("url\n0.mp4\n1.mp4\n0.mp4\n")
+    report = run(LOCAL, f"{url}/list.csv", tmp_path / "download", EXECUTOR)
+    assert (report.total, report.kept) == (2, 2)  # the same URL twice is one video
+    (folder / "list.csv").write_text("url\n2.mp4\n0.mp4\n1.mp4\n")
+    assert run(LOCAL, f"{url}/list.csv", tmp_path / "download", EXECUTOR).kept == 3
+    assert sorted(path for path in Counting.served if path.endswith("mp4")) == ["/0.mp4", "/1.mp4", "/2.mp4"]
+
+
+def test_content_that_changed_is_brought_anew(web: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = web
+    video(folder / "a.mp4", seed=0)
+    os.utime(folder / "a.mp4", (1e9, 1e9))
+    (folder / "list.csv").write_text("url\na.mp4\n")
+    run(LOCAL, f"{url}/list.csv", tmp_path / "download", EXECUTOR)
+    before = rows(tmp_path)["a.mp4"]
+    video(folder / "a.mp4", seed=1)
+    again = LOCAL.model_copy(update={"max_mib": 100})  # another configuration: the step runs again
+    run(again, f"{url}/list.csv", tmp_path / "download", EXECUTOR)
+    after = rows(tmp_path)["a.mp4"]
+    assert after.source_sha256 != before.source_sha256
+    assert after.path == before.path
+
+
+def test_another_port_of_this_machine_is_the_same_source(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    video(tmp_path / "web" / "a.mp4")
+    (tmp_path / "web" / "list.csv").write_text("url\na.mp4\n")
+    hashes = []
+    for name in ("one", "two"):
+        server = serve(tmp_path / "web")
+        (tmp_path / name).mkdir()
+        run(LOCAL, f"http://127.0.0.1:{server.server_address[1]}/list.csv", tmp_path / name / "download", EXECUTOR)
+        hashes.append(manifest_hash(tmp_path / name / "download"))
+        server.shutdown()
+    assert hashes[0] == hashes[1]
+
+
+def test_names_that_are_alike_and_strange(tmp_path: Path) -> None:
+    names = ["a/clip.mp4", "b/clip.mp4", 'it\'s "q".mp4', "two\nlines.mp4", "видео.mp4"]
+    for number, name in enumerate(names):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        video(tmp_path / "in" / name, seed=number)
+    report = run(LOCAL, str(tmp_path / "in"), tmp_path / "download", EXECUTOR)
+    assert report.kept == len(names)
+    assert all(Path(row.path).is_file() for row in read_manifest(tmp_path / "download"))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_archives_are_unpacked_and_nothing_leaves_them(tmp_path: Path, kind: str) -> None:
+    data = video(tmp_path / "x.mp4").read_bytes()
+    names = ["good/a.mp4", "../outside.mp4", "/absolute.mp4"]
+    archive = tmp_path / f"videos.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w") as bundle:
+            for name in names:
+                bundle.writestr(name, data)
+    else:
+        with tarfile.open(archive, "w:gz") as bundle:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                bundle.addfile(member, io.BytesIO(data))
+            link = tarfile.TarInfo("link.mp4")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            bundle.addfile(link)
+    base = tmp_path / "runs"
+    base.mkdir()
+    report = run(LOCAL, str(archive), base / "download", EXECUTOR)
+    assert report.kept == 1
+    assert report.dropped == {"refused": 2 if kind == "zip" else 3}
+    assert not (tmp_path / "outside.mp4").exists()
+    assert not Path("/absolute.mp4").exists()
+
+
+def test_buckets_are_read_by_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="films")
+    client.upload_file(str(video(tmp_path / "a.mp4")), "films", "raw/a b.mp4")
+    client.put_object(
+        Bucket="films", Key="raw/a b.captions.json", Body=b'[{"start_s": 0, "end_s": 1, "caption": "dots"}]'
+    )
+    client.put_object(Bucket="films", Key="raw/readme.txt", Body=b"no video")
+    try:
+        assert run(LOCAL, "s3://films/raw", tmp_path / "download", EXECUTOR).kept == 1
+    finally:
+        server.stop()
+    (row,) = read_manifest(tmp_path / "download")
+    assert row.source == "s3://films/raw/a b.mp4"
+    assert row.spans == (Span(0.0, 1.0, "dots"),)
+
+
+def test_pages_of_platforms_are_brought_by_yt_dlp(
+    web: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url = web
+    video(folder / "a.mp4")
+    monkeypatch.setattr("opensora.data.platforms.HOSTS", {"127.0.0.1"})
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"url": f"{url}/{name}.mp4"}) for name in "ab"))
+    report = run(LOCAL, str(tmp_path / "list.jsonl"), tmp_path / "download", EXECUTOR)
+    assert (report.kept, report.dropped) == (1, {"dead link": 1})
+    assert not list((tmp_path / "videos").glob("*.yt/video.mp4"))
+
+
+def test_a_bad_side_car_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, side in {
+        "a": "not json",
+        "b": '[{"start_s": 0}]',
+        "c": '[{"start_s": 0, "end_s": 1, "caption": "x"}]',
+    }.items():
+        video(tmp_path / "in" / f"{name}.mp4", seed=ord(name))
+        (tmp_path / "in" / f"{name}.captions.json").write_text(side)
+    assert run(LOCAL, str(tmp_path / "in"), tmp_path / "download", EXECUTOR).dropped == {"bad captions": 2}
+
+
+def test_a_full_disk_is_no_bad_item(web: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, url = web
+    video(folder / "a.mp4")
+    (folder / "list.csv").write_text("url\na.mp4\n")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opensora.data.download.bring", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(LOCAL, f"{url}/list.csv", tmp_path / "download", EXECUTOR)
+    assert run(LOCAL, f"{url}/list.csv", tmp_path / "download", EXECUTOR).kept == 1

@@ -1,0 +1,143 @@
+"""One file over HTTP: resumed where it broke, whole or absent, and never from a private address."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from opensora.config import DownloadConfig
+from opensora.data import fetch as module
+from opensora.data.fetch import DownloadError, fetch, is_public, public_url, without_secrets
+
+CONTENT = bytes(range(256)) * 4000
+CONFIG = DownloadConfig(allow_private_hosts=True, retries=2, timeout_s=5)
+
+
+class Cutting(BaseHTTPRequestHandler):
+    """Ends every connection after 300,000 bytes; honours ranges when `ranges` is set."""
+
+    requests: list[str | None] = []  # noqa: RUF012 (one server a test)
+    ranges = True
+    etag = '"one"'
+    busy = 0  # answers of 429 before the first of 200
+
+    def do_GET(self) -> None:
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        if self.path == "/private":
+            self.send_response(302)
+            self.send_header("Location", "http://127.0.0.1:1/")
+            self.end_headers()
+            return
+        wanted = self.headers.get("Range")
+        self.requests.append(wanted)
+        if Cutting.busy:
+            Cutting.busy -= 1
+            self.send_response(429)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            return
+        if self.headers.get("If-None-Match") == self.etag:
+            self.send_response(304)
+            self.end_headers()
+            return
+        resumes = wanted and self.ranges and self.headers.get("If-Range") == self.etag
+        start = int(str(wanted).removeprefix("bytes=").rstrip("-")) if resumes else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.send_header("ETag", self.etag)
+        self.end_headers()
+        self.wfile.write(CONTENT[start : start + 300_000])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(module, "BACK_OFF_S", 0.0)
+    Cutting.requests, Cutting.ranges, Cutting.etag, Cutting.busy = [], True, '"one"', 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Cutting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def test_a_cut_connection_goes_on_where_it_broke(server: str, tmp_path: Path) -> None:
+    assert fetch(f"{server}/x", tmp_path / "x", CONFIG)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    starts = [int(wanted[6:-1]) for wanted in Cutting.requests[1:] if wanted]
+    assert Cutting.requests[0] is None
+    assert len(starts) >= 3  # more than the retries: a try that brings something costs none
+    assert starts == sorted(set(starts))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.http.json"]
+
+
+def test_what_is_there_and_unchanged_is_not_brought_again(server: str, tmp_path: Path) -> None:
+    fetch(f"{server}/x", tmp_path / "x", CONFIG)
+    assert not fetch(f"{server}/x", tmp_path / "x", CONFIG)
+    Cutting.etag = '"two"'
+    assert fetch(f"{server}/x", tmp_path / "x", CONFIG)
+
+
+def test_a_part_of_another_version_is_started_over(server: str, tmp_path: Path) -> None:
+    (tmp_path / "x.part").write_bytes(b"old" * 1000)
+    (tmp_path / "x.part.http.json").write_text('{"etag": "\\"zero\\"", "modified": ""}')
+    fetch(f"{server}/x", tmp_path / "x", CONFIG)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
+def test_without_ranges_nothing_half_stands_under_the_name(server: str, tmp_path: Path) -> None:
+    Cutting.ranges = False
+    with pytest.raises(DownloadError, match="download failed"):
+        fetch(f"{server}/x", tmp_path / "x", CONFIG)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_busy_server_is_asked_again_and_a_dead_link_is_not(server: str, tmp_path: Path) -> None:
+    Cutting.busy = 2
+    fetch(f"{server}/x", tmp_path / "x", CONFIG)
+    with pytest.raises(DownloadError, match="dead link: HTTP 404"):
+        fetch(f"{server}/missing", tmp_path / "y", CONFIG)
+
+
+def test_a_dead_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BACK_OFF_S", 0.0)
+    with pytest.raises(DownloadError, match="download failed"):
+        fetch("http://127.0.0.1:9/x", tmp_path / "x", CONFIG)
+
+
+def test_private_addresses_are_refused_at_every_hop(server: str, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=r"refused: 127\.0\.0\.1"):
+        fetch(f"{server}/x", tmp_path / "x", CONFIG.model_copy(update={"allow_private_hosts": False}))
+    with pytest.raises(DownloadError, match="refused: localhost"):
+        fetch(server.replace("127.0.0.1", "localhost"), tmp_path / "x", DownloadConfig(retries=0))
+    assert Cutting.requests == []
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("10.0.0.1", False),
+        ("127.0.0.1", False),
+        ("169.254.169.254", False),
+        ("::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2606:4700:4700::1111", True),
+        ("fe80::1%eth0", False),
+        ("224.0.0.1", False),
+    ],
+)
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert is_public(address) == public
+
+
+def test_secrets_of_urls_are_not_written_down() -> None:
+    url = "https://user:word@host/a.mp4?X-Amz-Signature=abc&part=2&token=t#x"
+    assert public_url(url) == "https://host/a.mp4?part=2"
+    assert "abc" not in without_secrets(f"cannot open {url}", url)
+    assert "word" not in without_secrets(f"cannot open {url}", url)
