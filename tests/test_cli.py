@@ -50,7 +50,7 @@ def test_every_command_has_help(name: str) -> None:
         (("config", "--set", "train_video.lr"), 2, "section.key=value"),
         (("config", "--params", "nowhere.yaml"), 2, "no parameter file at nowhere.yaml"),
         (("run", "--profile", "smoke", "--source", "/nowhere"), 1, "/nowhere"),
-        (("split", "--profile", "smoke"), 1, "run the step before this one first"),
+        (("split", "--profile", "smoke"), 1, "run `opensora download` first"),
         (("train_video", "--profile", "smoke"), 1, "run `opensora"),
         (("run", "--profile", "single_gpu"), 2, "give --source"),
         (("caption", "--profile", "single_gpu"), 1, "no weights 'llava'"),

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from opensora.config import DownloadConfig, ExecutorConfig
 from opensora.data.executor import run_shards
 from opensora.data.fetch import DownloadError, public_url, without_secrets
-from opensora.data.lists import Item
+from opensora.data.lists import Item, read_captions
 from opensora.data.platforms import fetch_platform, is_platform
 from opensora.data.sources import CAPTIONS, VIDEOS, bring, list_items, scheme, stable_url
 from opensora.data.video import probe
@@ -189,14 +189,9 @@ def _side_car(item: Item, video: Path, config: DownloadConfig) -> tuple[Span, ..
         path = video.with_name(video.stem + CAPTIONS)
         bring(item.captions, path, config)
     try:
-        return tuple(
-            Span(float(span["start_s"]), float(span["end_s"]), str(span["caption"]))
-            for span in json.loads(path.read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DownloadError(
-            f"bad captions: {path.name} is no list of start_s, end_s and caption ({type(error).__name__}: {error})"
-        ) from None
+        return read_captions(path)
+    except ValueError as error:
+        raise DownloadError(f"bad captions: {error}") from None
 
 
 def _probed(clip: Clip, base: Path) -> Clip:

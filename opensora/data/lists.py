@@ -9,6 +9,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ YOUTUBE = "https://www.youtube.com/watch?v="
 URL_COLUMNS = ("url", "path", "video", "contentUrl", "video_url", "link")
 CAPTION_COLUMNS = ("caption", "text", "name", "title", "description")
 LICENCE_COLUMNS = ("licence", "license")
+UNREADABLE = (UnicodeDecodeError, csv.Error, json.JSONDecodeError)
 BATCH = 4096  # rows of a parquet file in memory at once
 
 
@@ -50,29 +52,39 @@ def read_list(path: Path, list_format: str = "") -> list[Item]:
         like = nearest(list_format, list(FORMS))
         raise StepError(f"unknown download.list_format {list_format!r}{like}; one of {', '.join(FORMS)}")
     try:
-        rows = iter(_rows(path))
+        rows = (row for _, row in read_rows(path))
         first = next(rows, None)
         if first is None:
             raise StepError(f"the list {path} has no rows")
-        form = list_format or _tell(first, path)
-        items = list(_merged(_read(FORMS[form], _chain(first, rows))))
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        form = list_format or tell_form(first, path)
+        items = list(_merged(_read(form, chain([first], rows))))
+    except UNREADABLE as error:
         raise StepError(f"the list {path} cannot be read: {error}; UTF-8 csv, jsonl, json, txt or parquet") from None
     return items
 
 
-def _chain(first: dict, rest: Iterator[dict]) -> Iterator[dict]:
-    yield first
-    yield from rest
-
-
-def _read(reader: Callable[[dict], Iterable[Item]], rows: Iterable[dict]) -> Iterator[Item]:
+def _read(form: str, rows: Iterable[dict]) -> Iterator[Item]:
     for number, row in enumerate(rows, 1):
         try:
-            yield from reader(row)
-        except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-            yield Item(f"row {number}", reason=f"bad row: number {number} {what}")
+            yield from parse_row(form, row)
+        except ValueError as error:
+            yield Item(f"row {number}", reason=f"bad row: number {number} {error}")
+
+
+def parse_row(form: str, row: dict) -> list[Item]:
+    """The videos of one row.
+
+    Args:
+        form: a name of `FORMS`.
+
+    Raises:
+        ValueError: it names no video, or is not of that form; the message goes on from "row 3 …".
+    """
+    try:
+        return list(FORMS[form](row))
+    except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(what) from None
 
 
 def _merged(items: Iterable[Item]) -> Iterator[Item]:
@@ -85,23 +97,31 @@ def _merged(items: Iterable[Item]) -> Iterator[Item]:
     return iter(by_url.values())
 
 
-def _rows(path: Path) -> Iterator[dict]:
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line, row) of a list; in json and parquet, which have no lines, the number of the row, from 1.
+
+    Raises:
+        StepError: the file is no list by its name, or no readable parquet file.
+        UNREADABLE: it is not what its name says, or not UTF-8.
+    """
     match path.suffix.lower():
         case ".csv" | ".tsv":
             with path.open(newline="", encoding="utf-8-sig") as handle:
-                yield from csv.DictReader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+                table = csv.DictReader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+                for row in table:
+                    yield table.line_num, row  # the last line of a row that has several
         case ".jsonl":
             with path.open(encoding="utf-8-sig") as handle:
-                for line in handle:
+                for number, line in enumerate(handle, 1):
                     if line.strip():
-                        yield _object(json.loads(line))
+                        yield number, _object(json.loads(line))
         case ".json":
-            yield from _json_rows(json.loads(path.read_text(encoding="utf-8-sig")))
+            yield from enumerate(_json_rows(json.loads(path.read_text(encoding="utf-8-sig"))), 1)
         case ".txt":
             with path.open(encoding="utf-8-sig") as handle:
-                yield from ({"line": line.strip()} for line in handle if line.strip())
+                yield from ((number, {"line": line.strip()}) for number, line in enumerate(handle, 1) if line.strip())
         case ".parquet":
-            yield from _parquet_rows(path)
+            yield from enumerate(_parquet_rows(path), 1)
         case _:
             raise StepError(f"{path} is no list; its name must end in one of {', '.join(sorted(SUFFIXES))}")
 
@@ -137,7 +157,12 @@ def _json_rows(document: Any) -> Iterator[dict]:
         yield {"video_id": key} | value if isinstance(value, dict) else {"line": value}
 
 
-def _tell(row: dict, path: Path) -> str:
+def tell_form(row: dict, path: Path) -> str:
+    """The name of `FORMS` that a list's first row looks like.
+
+    Raises:
+        StepError: it looks like none.
+    """
     columns = set(row)
     if columns == {"line"}:
         return "ucf101"
@@ -244,6 +269,22 @@ def read_ucf101(row: dict) -> list[Item]:
         words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in folder).strip()
         return [Item(path, spans=(Span(0.0, WHOLE_VIDEO_S, words),))]
     return [Item(path)]
+
+
+def read_captions(path: Path) -> tuple[Span, ...]:
+    """The spans of a file of captions that lies beside a video.
+
+    Raises:
+        ValueError: it cannot be read, or is no list of {start_s, end_s, caption}.
+    """
+    try:
+        return tuple(
+            Span(float(span["start_s"]), float(span["end_s"]), str(span["caption"]))
+            for span in json.loads(path.read_text(encoding="utf-8"))
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{path.name} is no list of start_s, end_s and caption"
+        raise ValueError(f"{what} ({type(error).__name__}: {error})") from None
 
 
 FORMS: dict[str, Callable[[dict], Iterable[Item]]] = {

@@ -76,7 +76,7 @@ def load_batches(
         except StopIteration:
             return
         except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+            if not str(error).startswith("DataLoader worker"):
                 raise
             raise StepError(
                 f"a process that reads training data died ({error}); start again to resume. If memory ran out, "

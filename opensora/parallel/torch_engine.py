@@ -24,6 +24,7 @@ class TorchEngine(Engine):
         else:
             self.device = torch.device("cpu")
             torch.set_num_threads(threads)
+        self._wrapped: DistributedDataParallel | None = None
         if self.world_size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
@@ -34,9 +35,10 @@ class TorchEngine(Engine):
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         # The buffers are constants, so they are not broadcast before every step.
-        return DistributedDataParallel(
+        self._wrapped = DistributedDataParallel(
             model, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
+        return self._wrapped
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -79,4 +81,8 @@ class TorchEngine(Engine):
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
+            if self._wrapped is not None:
+                # Else the reducer frees the process group later, and waits for gloo's threads while it holds Python's
+                # lock, which such a thread needs to free its last tensors: now and then a run would never end.
+                self._wrapped.reducer = self._wrapped.logger = None
             dist.destroy_process_group()

@@ -49,6 +49,11 @@ def read(data: LatentDataset, start: int, stop: int, workers: int = 0, rank: int
     return list(load_batches(data, plan, rank, start, stop, workers))
 
 
+def readers_now() -> set[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return {child for child in children if "spawn_main" in " ".join(child.cmdline())}
+
+
 def same(one: list[dict], other: list[dict]) -> bool:
     for first, second in zip(one, other, strict=True):
         assert first.keys() == second.keys()
@@ -94,7 +99,7 @@ def test_large_data_is_read_by_rows_with_the_same_result(
     assert same(read(large, 0, 8), read(data, 0, 8))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing_at_any_position(data: LatentDataset, workers: int) -> None:
     assert same(read(data, 3, 12, workers, rank=1), read(data, 0, 12, rank=1)[3:])
 
@@ -114,10 +119,10 @@ def test_a_missing_tensor_is_named_from_a_worker_too(folder: Path) -> None:
 
 
 def test_a_worker_that_dies_is_an_error_that_says_so(data: LatentDataset) -> None:
+    before = readers_now()
     batches = load_batches(data, Plan(data.clips, BUCKETS, 0, 2), 0, 0, 10**6, 2)
     next(batches)
-    children = psutil.Process().children(recursive=True)
-    readers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    readers = list(readers_now() - before)
     os.kill(readers[0].pid, signal.SIGKILL)
     with pytest.raises(StepError, match="a process that reads training data died"):
         list(batches)
@@ -126,10 +131,10 @@ def test_a_worker_that_dies_is_an_error_that_says_so(data: LatentDataset) -> Non
 
 
 def test_workers_leave_ctrl_c_to_the_training_process(data: LatentDataset, capfd: pytest.CaptureFixture) -> None:
+    before = readers_now()
     batches = load_batches(data, Plan(data.clips, BUCKETS, 0, 2), 0, 0, 200, 1)
     first = [next(batches)]
-    children = psutil.Process().children(recursive=True)
-    (reader,) = (child for child in children if "spawn_main" in " ".join(child.cmdline()))
+    (reader,) = readers_now() - before
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(reader.pid, number)
     assert same(first + list(islice(batches, 50)), read(data, 0, 51))

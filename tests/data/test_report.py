@@ -42,10 +42,11 @@ def scored(clips: Path, tmp_path: Path) -> Path:
         shutil.copytree(clips / step, base / step)
     path = list_parts(base / "score")[0]
     rows = read_part(path)
-    first, second, third = [number for number, row in enumerate(rows) if row.kept][:3]
+    first, second, *others = [number for number, row in enumerate(rows) if row.kept]
     rows[first] = replace(rows[first], kept=False, reason="still: motion 0.01 < 0.02")
     rows[second] = replace(rows[second], caption="a red circle", caption_model=GIVEN)
-    rows[third] = replace(rows[third], caption="a blue square that moves up", caption_model="llava")
+    for number in others:
+        rows[number] = replace(rows[number], caption="a blue square that moves up", caption_model="llava")
     write_part(path, rows)
     return base
 
