@@ -41,7 +41,9 @@ Profile = Annotated[
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as in --set train_video.lr=2e-5.")]
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Workdir = Annotated[Path, typer.Option("--workdir", help="Root of the results: WORKDIR/<profile>/<step>/.")]
-Source = Annotated[str, typer.Option("--source", help="Folder, list, archive, s3://bucket/folder or hf://datasets/owner/name.")]
+Source = Annotated[
+    str, typer.Option("--source", help="Folder, list, archive, s3://bucket/folder or hf://datasets/owner/name.")
+]
 
 PARAMS = Path("params.yaml")
 INTERRUPTED = 130  # exit code after Ctrl-C

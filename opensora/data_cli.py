@@ -54,6 +54,15 @@ def validate(
         typer.Argument(help="A step's folder, a part of its manifest, or a csv, jsonl or parquet list."),
     ],
     deep: Annotated[bool, typer.Option(help="Read every clip and every latent too.")] = False,
+    list_format: Annotated[
+        str, typer.Option(help="Form of a published list, as download.list_format.", show_default="by its columns")
+    ] = "",
+    videos: Annotated[
+        str,
+        typer.Option(
+            help="Folder or URL that a list's names are below, as download.videos.", show_default="the list's"
+        ),
+    ] = "",
     limit: Annotated[int, typer.Option(help="Problems printed; the rest is counted.", min=1)] = 50,
 ) -> None:
     """Say what is wrong with a manifest or a list, and where: a line a problem.
@@ -68,7 +77,7 @@ def validate(
     from opensora.data.validate import validate as check
 
     count = 0
-    for problem in check(path, deep=deep):
+    for problem in check(path, deep, list_format, videos):
         count += 1
         if count <= limit:
             print(problem, flush=True)

@@ -181,7 +181,8 @@ def tell_form(row: dict, path: Path) -> str:
 
 
 def _first(row: dict, names: Iterable[str]) -> str:
-    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), "")
+    """The first of these columns that says something."""
+    return next((str(row[name]) for name in names if row.get(name) is not None and str(row[name]).strip()), "")
 
 
 def _licence(row: dict) -> str:

@@ -70,21 +70,20 @@ def load_batches(
     )
     with shielded():
         batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise StepError(
-                f"a process that reads training data died ({error}); start again to resume. If memory ran out, "
-                "lower loader_workers; in a container /dev/shm must hold some batches"
-            ) from error
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise StepError(
+            f"a process that reads training data died ({error}); start again to resume. If memory ran out, "
+            "lower loader_workers; in a container /dev/shm must hold some batches"
+        ) from error
+    finally:
+        del batches  # now, not when an error's traceback is collected: this ends the workers
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -23,11 +23,12 @@ from opensora.progress import plain_lines
 from opensora.step import REPORT, StepError, read_report
 
 
-def validate(path: Path, deep: bool = False) -> Iterator[Problem]:
+def validate(path: Path, deep: bool = False, list_format: str = "", videos: str = "") -> Iterator[Problem]:
     """Problems of a step's folder, of one part of its manifest, or of a list of videos.
 
     Args:
         deep: decode every clip and read every latent too.
+        list_format, videos: of a list, as `download.list_format` and `download.videos`.
 
     Raises:
         UnreadableError: there is no such file, or nothing in it could be read.
@@ -45,7 +46,7 @@ def validate(path: Path, deep: bool = False) -> Iterator[Problem]:
     else:
         from opensora.data.validate_list import check_list
 
-        yield from check_list(path)
+        yield from check_list(path, list_format, videos)
 
 
 def step_of(folder: Path) -> str:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ from opensora.data.sources import resolve, scheme
 from opensora.step import StepError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+ALIKE = 0.8  # of two names, 0…1: one is the other mistyped
 LOCAL_NAMES = ("localhost", ".localhost", ".local", ".internal")
 OPTIONAL_COLUMNS = (*CAPTION_COLUMNS, *LICENCE_COLUMNS, "sha256", "captions", "caption_path", "start_s", "end_s")
 
@@ -35,8 +37,9 @@ class _Seen:
     """What is known of a list only at its end."""
 
     form: str
+    caption_column: bool = False
     rows: int = 0
-    without_caption: int = 0
+    captions: int = 0
     repeats: Repeats = field(default_factory=Repeats)
 
 
@@ -57,6 +60,7 @@ def check_list(path: Path, list_format: str = "", videos: str = "") -> Iterator[
     try:
         for line, row in read_rows(path):
             if not seen.rows and form == "table":
+                seen.caption_column = not {"caption", "text"}.isdisjoint(row)
                 yield from _check_columns(path, row)
             seen.rows += 1
             yield from (Problem(f"{path}:{line}", what) for what in _check_row(row, path, videos, seen))
@@ -65,7 +69,7 @@ def check_list(path: Path, list_format: str = "", videos: str = "") -> Iterator[
         yield Problem(
             where, f"cannot be read from here on: {error}; UTF-8 and the form that its name says were expected"
         )
-    if seen.rows and seen.without_caption == seen.rows and form == "table" and _has_captions(path):
+    if seen.caption_column and not seen.captions:
         yield Problem(str(path), "has a column for captions, and all of them are empty")
     yield from _check_repeats(path, videos, seen)
 
@@ -102,14 +106,9 @@ def _check_columns(path: Path, row: dict) -> Iterator[Problem]:
     known = [*URL_COLUMNS, *OPTIONAL_COLUMNS, "start", "end"]
     for column in row:
         if isinstance(column, str) and column not in known:
-            like = nearest(column.lower(), [name for name in known if name not in row])
+            like = get_close_matches(column.lower(), set(known) - set(row), n=1, cutoff=ALIKE)
             if like:
-                yield Problem(f"{path}:1", f"the column {column!r} is not read{like}")
-
-
-def _has_captions(path: Path) -> bool:
-    _, first = next(read_rows(path))
-    return bool(set(first) & {"caption", "text"})
+                yield Problem(f"{path}:1", f"the column {column!r} is not read; did you mean {like[0]!r}?")
 
 
 def _check_row(row: dict, path: Path, videos: str, seen: _Seen) -> Iterator[str]:
@@ -121,11 +120,10 @@ def _check_row(row: dict, path: Path, videos: str, seen: _Seen) -> Iterator[str]
         items = parse_row(seen.form, row)
     except ValueError as error:
         yield str(error)
-        seen.without_caption += 1
         return
     for item in items:
         item = resolve(item, videos or str(path), videos)
-        seen.without_caption += not any(span.caption for span in item.spans)
+        seen.captions += any(span.caption for span in item.spans)
         for key in _keys(item):
             seen.repeats.add(key)
         yield from _check_item(item)
@@ -198,13 +196,12 @@ def _check_repeats(path: Path, videos: str, seen: _Seen) -> Iterator[Problem]:
             except ValueError:
                 continue
             for item in items:
-                for key in _keys(resolve(item, videos or str(path), videos)):
+                item = resolve(item, videos or str(path), videos)
+                for key in _keys(item):
                     if Repeats.number(key) not in repeated:
                         continue
                     if key in first:
-                        yield Problem(
-                            f"{path}:{line}", f"the same video and span as line {first[key]}: {key.split()[0]}"
-                        )
+                        yield Problem(f"{path}:{line}", f"the same video and span as in line {first[key]}: {item.url}")
                     first.setdefault(key, line)
     except (*UNREADABLE, StepError):  # told by the first reading
         return

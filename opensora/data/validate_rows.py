@@ -12,6 +12,7 @@ from opensora.data.shards import HEADER, latent_names, read_clip, text_key
 from opensora.data.workers import call_isolated
 from opensora.manifest import GIVEN, Clip
 
+STORE = "videos"  # folder of fetched videos, beside those of the steps
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HASH64 = re.compile(r"[0-9a-f]{16}")
 MP4 = b"ftyp"  # bytes 4 to 8 of an mp4
@@ -96,9 +97,9 @@ def files_of(clip: Clip, step: str, folder: Path, shards: Path, said: set[str]) 
     """
     files = [(shards, clip.shard, "split")]
     if step == "download" and clip.kept:
-        videos = folder.parent / "videos"
-        # Nobody versions the videos: where none is left, the steps after `split` do without.
-        files.append((folder.parent, clip.path if videos.is_dir() else videos.name, "download"))
+        # Nobody versions the fetched videos: where none is left, that is one problem, and only `split` needs them.
+        there = Path(clip.path).is_absolute() or (folder.parent / STORE).is_dir()
+        files.append((folder.parent, clip.path if there else STORE, "download"))
     if step == "encode":
         files += [(folder, clip.latent_shard, "encode"), (folder, clip.text_shard, "encode")]
     for place, name, maker in files:

@@ -231,6 +231,10 @@ def test_unfinished_work_is_told(steps: Path) -> None:
 
 
 def test_videos_may_be_gone_as_a_whole(steps: Path) -> None:
+    for part, path in enumerate(list_parts(steps / "download")):
+        for row in range(len(read_part(path))):
+            change(steps / "download", row, lambda clip: replace(clip, path=f"videos/{clip.clip_id}.mp4"), part)
+    assert len(problems(steps / "download")) == 4
     shutil.rmtree(steps / "videos")
     found = problems(steps / "download")
     assert len(found) == 2  # once a part
