@@ -10,6 +10,7 @@ from opensora.data.page import number, table, text
 
 WIDTH, HEIGHT, FOOT = 320, 110, 34  # pixels of a histogram; the foot holds its axis
 BINS = 32
+FEW = 8  # bins of whole numbers, at least: a single one would be a wall
 TAIL = 0.6  # values that far beyond the central 98 % (as a share of it) are gathered in an outer bin
 STEEP = 12.0  # 99th percentile by median above which the axis is logarithmic
 
@@ -44,7 +45,8 @@ def choose_axis(values: np.ndarray, limits: Sequence[Limit]) -> Axis:
     drawn = [limit.value for limit in limits]
     low, high = min([float(values.min()), *drawn]), max([float(values.max()), *drawn])
     if high - low <= 2 * BINS and (values == np.round(values)).all():
-        return Axis(np.arange(math.floor(low) - 0.5, math.ceil(high) + 1), False, False, False)
+        room = max(0.0, FEW - (high - low)) / 2
+        return Axis(np.arange(math.floor(low - room) - 0.5, math.ceil(high + room) + 1), False, False, False)
     first, middle, last = (float(value) for value in np.percentile(values, (1, 50, 99)))
     if first > 0 and last > STEEP * middle:
         low = max(low, first / 10)

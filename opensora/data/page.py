@@ -25,7 +25,8 @@ td { overflow-wrap: break-word; max-width: 34rem; } td.n { white-space: nowrap; 
 .bar { display: flex; width: min(11rem, 20vw); height: .8rem; margin-top: .35rem; border-radius: 3px; overflow: hidden;
 background: var(--soft); } .bar i { min-width: 1px; }
 i.kept, .key .kept { background: var(--kept); } i.dropped, .key .dropped { background: var(--dropped); }
-.other { --dropped: #14a37f; } rect.kept { fill: var(--kept); } rect.dropped { fill: var(--dropped); }
+.other { --dropped: #14a37f; } .two .chart { max-width: 340px; }
+rect.kept { fill: var(--kept); } rect.dropped { fill: var(--dropped); }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 1em; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1.6rem; }
 .chart { margin: 0; min-width: 0; } .chart figcaption { font-weight: 600; }

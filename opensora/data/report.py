@@ -65,7 +65,7 @@ def write_report(path: Path, base: Path, config: ScoreConfig, workers: int = 1) 
     parts = {
         "": _head(base.name, facts),
         "Steps": _steps(facts),
-        "Reasons": _reasons(facts),
+        "Why rows were dropped": _reasons(facts),
         "Scores": _scores(facts, config),
         "Sizes and rates": _sizes(facts),
         "Captions": _captions(facts),
