@@ -146,12 +146,14 @@ def _json_rows(document: Any) -> Iterator[dict]:
     if isinstance(document, list):
         yield from map(_object, document)
         return
+    if not isinstance(document, dict):
+        raise StepError(f"a list in json is an array of rows or an object of videos, and this is {document!r}")
     if "videos" in document and "sentences" in document:
         sentences: dict[str, list[str]] = {}
         for sentence in document["sentences"]:
-            sentences.setdefault(sentence["video_id"], []).append(sentence["caption"])
+            sentences.setdefault(sentence.get("video_id", ""), []).append(sentence.get("caption", ""))
         for video in document["videos"]:
-            yield video | {"sentences": sentences.get(video["video_id"], [])}
+            yield video | {"sentences": sentences.get(video.get("video_id", ""), [])}
         return
     for key, value in document.items():
         yield {"video_id": key} | value if isinstance(value, dict) else {"line": value}

@@ -92,6 +92,8 @@ def test_lists_of_stock_videos(tmp_path: Path) -> None:
 def test_lists_that_are_none(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(StepError, match=message):
         read_list(write(tmp_path / ("l.jsonl" if text == "{" else "l.csv"), text))
+    with pytest.raises(StepError, match="this is 5"):
+        read_list(write(tmp_path / "l.json", "5"))
     (tmp_path / "x.csv").write_bytes(b"url\n\xff\xfe\n")
     with pytest.raises(StepError, match="UTF-8"):
         read_list(tmp_path / "x.csv")
