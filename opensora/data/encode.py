@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import IO, TYPE_CHECKING
 from opensora.config import EncodeConfig, ExecutorConfig
 from opensora.data.clip_reader import ClipError, scaled_frames
 from opensora.data.executor import run_shards
-from opensora.data.reuse import Keeper, Kept, hash_folder, link_file
-from opensora.data.shards import TensorFiles, latent_names, read_clip, text_key, write_tensors
+from opensora.data.keyed_files import KeyedFiles, Unusable
+from opensora.data.reuse import Keeper, hash_folder
+from opensora.data.shards import latent_names, read_clip, text_key
 from opensora.data.workers import advance
 from opensora.manifest import (
     Clip,
@@ -22,7 +23,6 @@ from opensora.manifest import (
     kept_clips,
     list_parts,
     manifest_hash,
-    part_index,
     read_part,
     write_part,
 )
@@ -38,10 +38,6 @@ if TYPE_CHECKING:
 CACHE = ".cache"
 CHUNK = 64  # frames decoded at once, at least: a clip of any length takes the same memory
 STORED_BYTES = 2  # a number, in either of encode.store_dtype
-
-
-class Unusable(ValueError):
-    """A clip or text that cannot be encoded; the message is a reason and a colon."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,8 @@ def run(
     Files `latents-00003-00.safetensors`, … of part 3 hold, a clip and size, `<clip_id>/<h>x<w>/mean` and `…/std`
     [T, C, h/s, w/s]; `text-00003-00.safetensors`, … hold the embeddings [L, Cc] of the part's captions, each under
     `text_key`. What a file holds follows from the part and the models alone, whoever wrote it and whatever was there
-    before. The last run's files outlive it in `.cache` beside `output`: what they hold is not encoded again, as long
-    as the weights, sizes, dtypes and max_tokens that made it are the same.
+    before. The last run's files, and what a stopped one had finished, outlive it in `.cache` beside `output`: what they
+    hold is not encoded again, as long as the weights, sizes, dtypes and max_tokens that made it are the same.
 
     Args:
         shards: folder of the split step.
@@ -129,105 +125,23 @@ def _encode_latents(clips: dict[str, Clip], task: Task) -> tuple[dict[str, str],
     pixels = sum(height * width for height, width in sizes)
     channels, scale = _vae_shape(task.vae)
     frame_bytes = 2 * channels * pixels / scale**2 * STORED_BYTES  # mean and deviation
-    group = Group(
+    files = KeyedFiles(
         names=lambda clip_id: [name for size in sizes for name in latent_names(clip_id, *size)],
         make=lambda clip_id: encode_clip(read_clip(task.shards, clips[clip_id]), clips[clip_id], task),
         size=lambda clip_id: clips[clip_id].frames * frame_bytes,
     )
-    return group.write(list(clips), "latents", task, task.latents, advance)
+    return files.write(list(clips), "latents", task.part, task.config.shard_mib << 20, task.latents, advance)
 
 
 def _encode_texts(captions: dict[str, str], task: Task) -> tuple[dict[str, str], dict[str, str]]:
     """Write the files of embeddings; returns the file of every text key, and the reasons of those that have none."""
     text_bytes = task.config.max_tokens * _text_width(task.text) * STORED_BYTES  # at most
-    group = Group(
+    files = KeyedFiles(
         names=lambda key: [key],
         make=lambda key: {key: encode_text(captions[key], task)},
         size=lambda key: text_bytes,
     )
-    return group.write(sorted(captions), "text", task, task.texts, lambda: None)
-
-
-@dataclass(frozen=True)
-class Group:
-    """How the tensors of a key, a clip or a text, are named and made, and how large they are in a file."""
-
-    names: Callable[[str], list[str]]
-    make: "Callable[[str], dict[str, Tensor]]"
-    size: Callable[[str], float]  # bytes
-
-    def write(
-        self, keys: Sequence[str], kind: str, task: Task, before: Path, done: Callable[[], None]
-    ) -> tuple[dict[str, str], dict[str, str]]:
-        """Write `<kind>-<part>-<number>.safetensors`; returns the file of every key, and the reasons of the others.
-
-        Args:
-            before: folder of what was made before.
-            done: called after every key.
-        """
-        places: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        with Kept(before) as kept:
-            for number, group in enumerate(fill(keys, self.size, task.config.shard_mib << 20)):
-                path = task.part.with_name(f"{kind}-{part_index(task.part):05d}-{number:02d}.safetensors")
-                bad = self._write_file(path, group, kept, done)
-                reasons |= bad
-                places |= {key: path.name for key in group if key not in bad}
-        return places, reasons
-
-    def _write_file(self, path: Path, keys: list[str], kept: Kept, done: Callable[[], None]) -> dict[str, str]:
-        """Write one file, unless a stopped run did or an old one is the same; returns the reasons of bad keys."""
-        wanted = {name for key in keys for name in self.names(key)}
-        old = kept.find(keys[0])
-        if _holds(path, wanted) or (old and _holds(kept.folder / old, wanted)):
-            if not path.is_file():
-                link_file(kept.folder / str(old), path)
-            for _ in keys:
-                done()
-            return {}
-        files = TensorFiles(kept.folder)
-        tensors: dict[str, Tensor] = {}
-        reasons = {}
-        for key in keys:
-            try:
-                tensors |= self._kept(key, kept, files) or self.make(key)
-            except Unusable as error:
-                reasons[key] = str(error)
-            done()
-        if tensors:
-            write_tensors(path, tensors)
-        return reasons
-
-    def _kept(self, key: str, kept: Kept, files: TensorFiles) -> "dict[str, Tensor] | None":
-        file = kept.find(key)
-        try:
-            return {name: files.read(file, name) for name in self.names(key)} if file else None
-        except StepError:  # damaged: it is made again
-            return None
-
-
-def _holds(path: Path, names: set[str]) -> bool:
-    """Whether a file is whole and has these tensors and no others."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as shard:
-            return set(shard.keys()) == names
-    except (OSError, SafetensorError):
-        return False
-
-
-def fill(keys: Sequence[str], size: Callable[[str], float], limit: int) -> list[list[str]]:
-    """Keys by file, in order: a file is full when the next would take it past `limit` bytes."""
-    groups: list[list[str]] = []
-    room = 0.0
-    for key in keys:
-        if room < size(key) or not groups:
-            groups.append([])
-            room = float(limit)
-        groups[-1].append(key)
-        room -= size(key)
-    return groups
+    return files.write(sorted(captions), "text", task.part, task.config.shard_mib << 20, task.texts)
 
 
 def encode_clip(data: bytes, clip: Clip, task: Task) -> "dict[str, Tensor]":
@@ -251,7 +165,7 @@ def encode_clip(data: bytes, clip: Clip, task: Task) -> "dict[str, Tensor]":
                     parts.setdefault(name, []).append(_stored(tensor, config, "latents"))
     except ClipError as error:
         raise Unusable(f"unreadable: {error}") from error
-    if frames != clip.frames:
+    if frames != clip.frames or not frames:
         raise Unusable(f"unreadable: {frames} of {clip.frames} frames decode")
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 

@@ -18,6 +18,7 @@ from opensora.weights import hash_file
 
 INDEX = "index.sqlite"
 HASHES = "hashes.json"
+UNFINISHED = ".unfinished"  # ends the name of the folder for files of a run that has not ended
 
 
 def hash_folder(folder: Path, memory: Path) -> dict[str, str]:
@@ -43,11 +44,18 @@ def hash_folder(folder: Path, memory: Path) -> dict[str, str]:
 
 
 class Kept:
-    """The files of the last run; a key is looked up on disk, so that any number of them takes no memory."""
+    """Where a key of one part is to be found: in the last run's files, or in those that a stopped run left.
 
-    def __init__(self, folder: Path) -> None:
+    A key of the last run is looked up in an index on disk, whatever part it was in, so that any number of keys takes no
+    memory. A stopped run left no index; of its files those of the same part are looked into.
+    """
+
+    def __init__(self, folder: Path, kind: str, part: int) -> None:
+        """`folder` may be absent; the files are named `<kind>-<part>-….safetensors`."""
         self.folder = folder
+        self._pattern = f"{kind}-{part:05d}-*.safetensors"
         self._index: sqlite3.Connection | None = None
+        self._stopped: dict[str, str] | None = None
         if (folder / INDEX).is_file():
             where = f"{(folder / INDEX).resolve().as_uri()}?mode=ro&immutable=1"
             self._index = sqlite3.connect(where, uri=True)
@@ -60,11 +68,40 @@ class Kept:
             self._index.close()
 
     def find(self, key: str) -> str | None:
-        """Name of the file that holds `key`."""
+        """The file that holds `key`, relative to the folder above `folder`; None if there is none."""
+        if self._stopped is None:
+            self._stopped = self._look()
+        if key in self._stopped:
+            return self._stopped[key]
         if self._index is None:
             return None
         row = self._index.execute("SELECT file FROM places WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else None
+        return f"{self.folder.name}/{row[0]}" if row else None
+
+    def add(self, path: Path) -> None:
+        """Keep a finished file even if this run is stopped and the next one is another."""
+        unfinished = self.folder.with_name(self.folder.name + UNFINISHED)
+        unfinished.mkdir(parents=True, exist_ok=True)
+        # The inode in the name: a file of the same number and other content, which is still looked into, stays.
+        link_file(path, unfinished / f"{path.stem}.{path.stat().st_ino:x}{path.suffix}")
+
+    def _look(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        unfinished = self.folder.with_name(self.folder.name + UNFINISHED)
+        for path in unfinished.glob(self._pattern):
+            found |= {name.split("/")[0]: f"{unfinished.name}/{path.name}" for name in names_in(path)}
+        return found
+
+
+def names_in(path: Path) -> set[str]:
+    """Names of a safetensors file's tensors, from its head; none if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as shard:
+            return set(shard.keys())
+    except (OSError, SafetensorError):
+        return set()
 
 
 class Keeper:
@@ -120,3 +157,5 @@ def link_file(source: Path, target: Path) -> None:
             raise
         shutil.copyfile(source, part)
     part.replace(target)
+    with suppress(FileNotFoundError):  # renaming one name of a file to another one of its names does nothing
+        part.unlink()
