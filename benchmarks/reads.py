@@ -50,7 +50,7 @@ def by_decord(read: Read) -> np.ndarray:
     from decord import VideoReader
 
     data, _, indices = read
-    return resize_cover(VideoReader(io.BytesIO(data)).get_batch(list(indices)).asnumpy(), *SIZE)
+    return resize_cover(VideoReader(io.BytesIO(data)).get_batch(list(indices)).asnumpy(), SIZE)
 
 
 def by_us(read: Read) -> np.ndarray:

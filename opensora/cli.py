@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from opensora.chain import ALL_STEPS, SUMMARIES
+from opensora.cli_options import PARAMS, RUNS, Params, Profile, Workdir
 from opensora.data_cli import data
 
 # Nothing here calls home; the libraries behind the steps read these when they are imported.
@@ -35,20 +36,13 @@ weights = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at
 app.add_typer(weights, name="weights")
 app.add_typer(data, name="data")
 
-Profile = Annotated[
-    str | None, typer.Option("--profile", help="smoke, demo, single_gpu or h800; default: as in params.yaml.")
-]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as in --set train_video.lr=2e-5.")]
-Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
-Workdir = Annotated[Path, typer.Option("--workdir", help="Root of the results: WORKDIR/<profile>/<step>/.")]
 Source = Annotated[
     str, typer.Option("--source", help="Folder, list, archive, s3://bucket/folder or hf://datasets/owner/name.")
 ]
 
-PARAMS = Path("params.yaml")
 INTERRUPTED = 130  # exit code after Ctrl-C
 RESUME = "stopped; start the same command again to resume"
-RUNS = Path("runs")
 TEXT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opensora" / "text"
 
 

@@ -1,4 +1,7 @@
-"""The typed, frozen schema of params.yaml: every value with its unit, its limits and the rules between fields."""
+"""The typed, frozen schema of params.yaml: every value with its unit, its limits and the rules between fields.
+
+One long file, as params.yaml is: any value is looked up in one place.
+"""
 
 import difflib
 from collections.abc import Mapping

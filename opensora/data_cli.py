@@ -6,17 +6,12 @@ from typing import Annotated
 
 import typer
 
+from opensora.cli_options import PARAMS, RUNS, Params, Profile, Workdir
+
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the data of a chain, and check it.")
 
-Profile = Annotated[
-    str | None, typer.Option("--profile", help="smoke, demo, single_gpu or h800; default: as in params.yaml.")
-]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as in --set score.min_motion=0.1.")]
-Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
-Workdir = Annotated[Path, typer.Option("--workdir", help="Root of the results: WORKDIR/<profile>/<step>/.")]
 
-PARAMS = Path("params.yaml")
-RUNS = Path("runs")
 REPORT = "data_report.html"
 
 

@@ -17,6 +17,9 @@ from opensora.config import UserError
 REPORT = "report.json"
 FINGERPRINT = "fingerprint.json"
 PARTIAL = ".partial"
+# Beside the folders of the steps, and not versioned:
+STORE = "videos"  # what `download` brought
+CACHE = ".cache"  # what a step made and need not make again
 
 
 class StepError(UserError):

@@ -4,14 +4,12 @@ The model is LLaVA in this process (`llava.py`) or a server (`endpoint.py`). Wha
 beside the step's folder (`answers.py`), so that a stopped run, other thresholds or more videos ask nothing twice.
 """
 
-import io
 import json
 import shutil
 import threading
 import time
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from opensora.data.endpoint import ServerError
 from opensora.data.executor import run_shards
 from opensora.data.reuse import hash_folder
 from opensora.data.shards import read_clip
-from opensora.data.video import VideoError
+from opensora.data.video import VideoError, pick_frames
 from opensora.data.workers import advance
 from opensora.manifest import (
     Clip,
@@ -35,7 +33,7 @@ from opensora.manifest import (
     read_part,
     write_part,
 )
-from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.step import CACHE, Report, StepError, StepFolder, fingerprint, read_report, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +73,7 @@ def run(
     Raises:
         StepError: too many clips are without a caption in the end, a shard is missing, or the server answers none.
     """
-    kept = output.parent / ".cache" / "captions"
+    kept = output.parent / CACHE / "captions"
     asking = _asking(config, model, kept)
     rest = config.model_dump(include=FOR_THE_FOLDER)
     folder = StepFolder(output, fingerprint(asking, rest, manifest_hash(inputs)))
@@ -276,35 +274,3 @@ def _make_backend(task: Task) -> Backend:
             from opensora.data.endpoint import Endpoint
 
             return Endpoint(task.config)
-
-
-def pick_frames(data: bytes, positions: Sequence[float]) -> "np.ndarray":
-    """Frames uint8 [P, H, W, 3] of a normalised clip at positions 0…1; only what leads to them is decoded.
-
-    Raises:
-        VideoError: "unreadable".
-    """
-    import av
-    import numpy as np
-
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # the clips are read by several threads
-            packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream)]
-            times = sorted(pts for pts, _ in packets if pts is not None)
-            keys = sorted(pts for pts, is_key in packets if is_key and pts is not None)
-            wanted = [times[min(len(times) - 1, int(position * len(times)))] for position in positions]
-            found, last_key = {}, None
-            for moment in sorted(set(wanted)):
-                key = keys[bisect_right(keys, moment) - 1]
-                if key != last_key:
-                    container.seek(moment, stream=stream)
-                    frames, last_key = container.decode(stream), key
-                frame = next(frame for frame in frames if frame.pts is not None and frame.pts >= moment)
-                found[moment] = frame.to_ndarray(format="rgb24")
-    except av.FFmpegError as error:
-        raise VideoError(f"unreadable: {error.strerror or error}") from None
-    except (IndexError, StopIteration):
-        raise VideoError("unreadable: no video stream, or fewer frames than its head says") from None
-    return np.stack([found[moment] for moment in wanted])

@@ -20,10 +20,9 @@ from opensora.data.sources import CAPTIONS, VIDEOS, bring, list_items, scheme, s
 from opensora.data.video import probe
 from opensora.data.workers import advance, call_isolated
 from opensora.manifest import Clip, Span, Tally, list_parts, part_name, read_part, write_part
-from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.step import STORE, Report, StepError, StepFolder, fingerprint, read_report, write_json
 from opensora.weights import hash_file
 
-STORE = "videos"  # beside the steps' folders; not a step's output, so nobody versions it
 PROBE_TIMEOUT_S = 60.0
 # What changes how videos are brought, and not which.
 MANNER = {

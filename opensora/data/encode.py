@@ -1,17 +1,16 @@
 """The step `encode`: VAE latents of all frames and text embeddings, in safetensors shards read by key."""
 
 import json
-import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from opensora.config import EncodeConfig, ExecutorConfig
 from opensora.data.clip_reader import ClipError, scaled_frames
 from opensora.data.executor import run_shards
+from opensora.data.gpu import claim_gpu
 from opensora.data.keyed_files import KeyedFiles, Unusable
 from opensora.data.reuse import Keeper, hash_folder
 from opensora.data.shards import latent_names, read_clip, text_key
@@ -26,16 +25,17 @@ from opensora.manifest import (
     read_part,
     write_part,
 )
-from opensora.step import Report, StepError, StepFolder, fingerprint, lock_file, read_report
+from opensora.step import CACHE, Report, StepError, StepFolder, fingerprint, read_report
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
     from opensora.models.text import TextEncoder
     from opensora.models.vae import FrameVAE
 
-CACHE = ".cache"
+Model = TypeVar("Model")
 CHUNK = 64  # frames decoded at once, at least: a clip of any length takes the same memory
 STORED_BYTES = 2  # a number, in either of encode.store_dtype
 
@@ -220,33 +220,27 @@ def _text_width(folder: Path) -> int:
 
 
 _MODELS: dict[tuple[Path, str], object] = {}  # a worker process loads each model once, and only one that it needs
-_CLAIMS: list[IO[str]] = []  # locks that this process holds until it ends
+_CLAIMS: list[IO[str] | None] = []  # of a GPU, held until this process ends
 
 
 def _vae(task: Task) -> "FrameVAE":
-    import torch
-
     from opensora.models.vae import FrameVAE
 
-    key = task.vae, task.config.dtype
-    if key not in _MODELS:
-        _MODELS[key] = FrameVAE(task.vae, _device(task.part.parent), getattr(torch, task.config.dtype))
-    model = _MODELS[key]
-    assert isinstance(model, FrameVAE)
-    return model
+    return _loaded(FrameVAE, task.vae, task.config.dtype)
 
 
 def _text_encoder(task: Task) -> "TextEncoder":
-    import torch
-
     from opensora.models.text import TextEncoder
 
-    key = task.text, task.config.dtype
-    if key not in _MODELS:
-        _MODELS[key] = TextEncoder(task.text, _device(task.part.parent), getattr(torch, task.config.dtype))
-    model = _MODELS[key]
-    assert isinstance(model, TextEncoder)
-    return model
+    return _loaded(TextEncoder, task.text, task.config.dtype)
+
+
+def _loaded(kind: "Callable[[Path, str, torch.dtype], Model]", folder: Path, dtype: str) -> "Model":
+    import torch
+
+    if (folder, dtype) not in _MODELS:
+        _MODELS[folder, dtype] = kind(folder, _device(), getattr(torch, dtype))
+    return cast("Model", _MODELS[folder, dtype])
 
 
 def _set_threads(threads: int) -> None:
@@ -258,16 +252,12 @@ def _set_threads(threads: int) -> None:
 
 
 @cache
-def _device(work: Path) -> str:
-    """The CPU, or a GPU that no other worker on this machine has taken; workers beyond the GPUs share them."""
+def _device() -> str:
+    """The CPU, or the GPU that this process claims."""
     import torch
 
     if not torch.cuda.is_available():
         return "cpu"
-    count = torch.cuda.device_count()
-    for index in range(count):
-        lock = lock_file(work.with_name(f"{work.name}.{socket.gethostname()}.gpu{index}.lock"))
-        if lock:
-            _CLAIMS.append(lock)
-            return f"cuda:{index}"
-    return f"cuda:{os.getpid() % count}"
+    index, claim = claim_gpu(torch.cuda.device_count())
+    _CLAIMS.append(claim)
+    return f"cuda:{index}"

@@ -1,19 +1,18 @@
 """LLaVA and LLaVA-NeXT in this process, through Transformers: batches of clips, one GPU a process."""
 
 import copy
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from opensora.config import CaptionConfig
 from opensora.data.answers import Answer
-from opensora.step import StepError, lock_file
+from opensora.data.gpu import claim_gpu
+from opensora.step import StepError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,15 +125,3 @@ def _seed(batch: "list[Question]", attempt: int) -> int:
     """The same batch draws the same captions at the same attempt, wherever it runs."""
     text = " ".join([str(attempt), *(clip_id for clip_id, _ in batch)])
     return int.from_bytes(sha256(text.encode()).digest()[:4])
-
-
-def claim_gpu(count: int) -> tuple[int, IO[str] | None]:
-    """The first of `count` GPUs that no other process of this user has claimed, and the claim: it ends with the handle.
-
-    With more processes than GPUs the rest share them, without a claim. So does a process that was shown one GPU alone.
-    """
-    for index in range(count):
-        claim = lock_file(Path(tempfile.gettempdir()) / f"opensora-{os.getuid()}-gpu-{index}.lock")
-        if claim is not None:
-            return index, claim
-    return os.getpid() % count, None

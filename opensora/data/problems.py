@@ -1,5 +1,6 @@
 """What the checks of data share: a problem, an error for what cannot be read, and a finder of keys that come twice."""
 
+import re
 from array import array
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -7,6 +8,8 @@ from hashlib import blake2b
 import numpy as np
 
 from opensora.config import UserError
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class UnreadableError(UserError):

@@ -32,7 +32,7 @@ from opensora.manifest import (
     read_part,
     write_part,
 )
-from opensora.step import Report, StepError, StepFolder, fingerprint, read_report
+from opensora.step import CACHE, Report, StepError, StepFolder, fingerprint, read_report
 from opensora.weights import WeightsError, hash_file
 
 UNREADABLE = "unreadable"
@@ -69,7 +69,7 @@ def run(
         WeightsError: CLIP or the head cannot be loaded.
     """
     _check_models(config, clip, head)
-    cache = output.parent / ".cache" / output.name
+    cache = output.parent / CACHE / output.name
     models = _identify(clip, head, cache)
     settings = config.model_dump(exclude={"workers", "clip", "aesthetic_head"})
     folder = StepFolder(output, fingerprint(settings, MEASURES, models, manifest_hash(inputs)))

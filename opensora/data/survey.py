@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 from opensora.config import DATA_STEPS
 from opensora.manifest import GIVEN, Clip, Tally, count_rows, list_parts, read_part
 from opensora.progress import progress
-from opensora.step import REPORT, Report, StepError, read_report
+from opensora.step import REPORT, STORE, Report, StepError, read_report
 
 Item = TypeVar("Item")
 VALUES = 20_000  # rows whose values are kept, of the kept and of the dropped each
@@ -235,6 +235,6 @@ def list_files(base: Path) -> list[Files]:
         Files(kind, [path.stat().st_size for path in (base / step).glob(pattern)]) for step, pattern, kind in FILES
     ]
     manifests = [path.stat().st_size for step in DATA_STEPS for path in (base / step).glob("manifest-*.parquet")]
-    videos = base / "videos"
+    videos = base / STORE
     sources = [entry.stat().st_size for entry in os.scandir(videos) if entry.is_file()] if videos.is_dir() else []
     return [Files("downloaded videos", sources), *found, Files("manifests of all steps", manifests)]

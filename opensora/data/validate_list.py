@@ -1,7 +1,6 @@
 """Check a list of videos before anything is fetched, with the reader that the step `download` uses."""
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -22,11 +21,10 @@ from opensora.data.lists import (
     read_rows,
     tell_form,
 )
-from opensora.data.problems import Problem, Repeats, UnreadableError
+from opensora.data.problems import SHA256, Problem, Repeats, UnreadableError
 from opensora.data.sources import resolve, scheme
 from opensora.step import StepError
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
 ALIKE = 0.8  # of two names, 0…1: one is the other mistyped
 LOCAL_NAMES = ("localhost", ".localhost", ".local", ".internal")
 OPTIONAL_COLUMNS = (*CAPTION_COLUMNS, *LICENCE_COLUMNS, "sha256", "captions", "caption_path", "start_s", "end_s")

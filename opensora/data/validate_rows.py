@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config import DATA_STEPS
+from opensora.data.problems import SHA256
 from opensora.data.shards import HEADER, latent_names, read_clip, text_key
 from opensora.data.workers import call_isolated
 from opensora.manifest import GIVEN, Clip
+from opensora.step import STORE
 
-STORE = "videos"  # folder of fetched videos, beside those of the steps
-SHA256 = re.compile(r"[0-9a-f]{64}")
 HASH64 = re.compile(r"[0-9a-f]{16}")
 MP4 = b"ftyp"  # bytes 4 to 8 of an mp4
 TOLERANCE = 1.5  # frames: a clip of constant rate may start and end half a frame off its span

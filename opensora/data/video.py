@@ -1,6 +1,7 @@
 """Opening and decoding video with PyAV: which stream is the video, its frames and their times, what is damaged."""
 
 import io
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
+
+from opensora.data.clip_reader import cover_size, cut_centre
 
 PICTURE_CODECS = {"png", "apng", "gif", "webp", "bmp", "tiff", "jpegls", "jpeg2000", "ppm", "svg"}
 PLAYLISTS = {"hls", "dash", "concat", "imf", "sdp", "rtsp"}  # they name other files, which would be opened too
@@ -252,20 +255,45 @@ def read_frames(data: bytes, indices: Sequence[int] | None = None) -> np.ndarray
     return picked[[order.index(index) for index in indices]]
 
 
-def resize_cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> [T, height, width, 3]: scaled until it covers the size, then cut at the centre."""
-    rows, columns = frames.shape[1:3]
-    scale = max(height / rows, width / columns)
-    size = (max(width, round(columns * scale)), max(height, round(rows * scale)))
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    top, left = (size[1] - height) // 2, (size[0] - width) // 2
-    if size != (columns, rows):
-        frames = np.stack([cv2.resize(frame, size, interpolation=how) for frame in frames])
-    return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
+def pick_frames(data: bytes, positions: Sequence[float]) -> np.ndarray:
+    """Frames uint8 [P, H, W, 3] of a normalised clip at positions 0…1; only what leads to them is decoded.
+
+    Raises:
+        VideoError: "unreadable".
+    """
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # the clips are read by several threads
+            packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream)]
+            times = sorted(pts for pts, _ in packets if pts is not None)
+            keys = sorted(pts for pts, is_key in packets if is_key and pts is not None)
+            wanted = [times[min(len(times) - 1, int(position * len(times)))] for position in positions]
+            found, last_key = {}, None
+            for moment in sorted(set(wanted)):
+                key = keys[bisect_right(keys, moment) - 1]
+                if key != last_key:
+                    container.seek(moment, stream=stream)
+                    frames, last_key = container.decode(stream), key
+                frame = next(frame for frame in frames if frame.pts is not None and frame.pts >= moment)
+                found[moment] = frame.to_ndarray(format="rgb24")
+    except av.FFmpegError as error:
+        raise VideoError(f"unreadable: {error.strerror or error}") from None
+    except (IndexError, StopIteration):
+        raise VideoError("unreadable: no video stream, or fewer frames than its head says") from None
+    return np.stack([found[moment] for moment in wanted])
 
 
 def read_frames_at(data: bytes, positions: Sequence[float], size: int) -> np.ndarray:
-    """Square frames uint8 [P, size, size, 3] at positions 0…1 of a normalised clip."""
-    frames = read_frames(data)
-    chosen = [min(len(frames) - 1, int(position * len(frames))) for position in positions]
-    return resize_cover(frames[chosen], size, size)
+    """Square frames uint8 [P, size, size, 3] at positions 0…1 of a normalised clip; errors as in `pick_frames`."""
+    return resize_cover(pick_frames(data, positions), (size, size))
+
+
+def resize_cover(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> [T, height, width, 3]: scaled until it covers the size, then cut at the centre."""
+    source = frames.shape[1], frames.shape[2]
+    scaled = cover_size(source, size)
+    if scaled != source:
+        how = cv2.INTER_AREA if scaled[0] <= source[0] and scaled[1] <= source[1] else cv2.INTER_CUBIC
+        frames = np.stack([cv2.resize(frame, scaled[::-1], interpolation=how) for frame in frames])
+    return cut_centre(frames, size)

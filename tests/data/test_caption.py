@@ -16,9 +16,9 @@ import pytest
 
 from opensora.config import CaptionConfig, ExecutorConfig, load_config
 from opensora.data import caption, endpoint
-from opensora.data.caption import STOPPED, pick_frames
+from opensora.data.caption import STOPPED
 from opensora.data.shards import read_clip
-from opensora.data.video import VideoError, read_frames
+from opensora.data.video import VideoError, pick_frames, read_frames
 from opensora.demo.captioner import caption_exact_match, train_llava
 from opensora.demo.shapes import all_scenes, render_clip
 from opensora.manifest import GIVEN, Clip, list_parts, part_name, read_manifest, read_part, write_part

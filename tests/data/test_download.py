@@ -19,6 +19,7 @@ from opensora.config import DownloadConfig, ExecutorConfig
 from opensora.data.download import run
 from opensora.manifest import Clip, Span, manifest_hash, read_manifest
 from opensora.step import StepError
+from tests.s3 import s3_server
 from tests.shared import shared
 
 EXECUTOR = ExecutorConfig(kind="sequential")
@@ -235,29 +236,16 @@ def test_archives_are_unpacked_and_nothing_leaves_them(tmp_path: Path, kind: str
 
 def test_buckets_are_read_by_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="films")
-    client.upload_file(str(video(tmp_path / "a.mp4")), "films", "raw/a b.mp4")
-    client.put_object(
-        Bucket="films", Key="raw/a b.captions.json", Body=b'[{"start_s": 0, "end_s": 1, "caption": "dots"}]'
-    )
-    client.put_object(Bucket="films", Key="raw/readme.txt", Body=b"no video")
-    try:
+    side_car = b'[{"start_s": 0, "end_s": 1, "caption": "dots"}]'
+    with s3_server(monkeypatch) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="films")
+        client.upload_file(str(video(tmp_path / "a.mp4")), "films", "raw/a b.mp4")
+        client.put_object(Bucket="films", Key="raw/a b.captions.json", Body=side_car)
+        client.put_object(Bucket="films", Key="raw/readme.txt", Body=b"no video")
         assert run(LOCAL, "s3://films/raw", tmp_path / "download", EXECUTOR).kept == 1
-    finally:
-        server.stop()
     (row,) = read_manifest(tmp_path / "download")
     assert row.source == "s3://films/raw/a b.mp4"
     assert row.spans == (Span(0.0, 1.0, "dots"),)

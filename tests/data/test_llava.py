@@ -12,7 +12,8 @@ import pytest
 
 from opensora.config import CaptionConfig
 from opensora.data.answers import Answer
-from opensora.data.llava import Llava, claim_gpu
+from opensora.data.gpu import claim_gpu
+from opensora.data.llava import Llava
 from opensora.demo.captioner import train_llava
 from opensora.demo.shapes import all_scenes, render_clip
 from opensora.step import StepError

@@ -15,6 +15,7 @@ from opensora.manifest import read_manifest
 from opensora.step import read_report
 from tests.conftest import ROOT
 from tests.end_to_end.command import run
+from tests.s3 import s3_server
 
 pytestmark = pytest.mark.slow
 
@@ -81,20 +82,10 @@ def test_only_what_depends_on_a_change_runs_again(project: Path) -> None:
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """URL of an S3 server on loopback, and of a bucket there."""
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="data")
-    yield f"http://{host}:{port}", "s3://data/opensora"
-    server.stop()
+    with s3_server(monkeypatch) as endpoint:
+        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="data")
+        yield endpoint, "s3://data/opensora"
 
 
 def test_manifests_and_shards_travel_by_s3(project: Path, bucket: tuple[str, str], tmp_path: Path) -> None:
