@@ -327,7 +327,8 @@ class Config(Section):
         sizes = set(self.encode.sizes)
         for name in TRAIN_STEPS:
             stage: TrainConfig = getattr(self, name)
-            for shape in (stage, *stage.buckets):
+            shapes: tuple[TrainConfig | BucketConfig, ...] = (stage, *stage.buckets)
+            for shape in shapes:
                 if (shape.height, shape.width) not in sizes:
                     raise ValueError(
                         f"{name} trains at {shape.height}x{shape.width}, "
