@@ -1,0 +1,1 @@
+"""Kubeflow components: one a step, and what they need of a cluster."""
