@@ -1,0 +1,146 @@
+"""Components of the data steps: raw videos in, latents and text embeddings out.
+
+The steps that work shard by shard also come as shares, which a loop runs side by side; see `components.step.run_share`.
+"""
+
+from kfp import dsl
+
+from components.images import CAPTION, DATA
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def list_shares(count: int) -> list:
+    """Names of the shares that a loop runs: "0/3", "1/3", "2/3"."""
+    return [f"{index}/{max(count, 1)}" for index in range(max(count, 1))]
+
+
+def _share(
+    before: dsl.Input[dsl.Dataset],
+    models: dsl.Input[dsl.Dataset],
+    step: str,
+    share: str,
+    profile: str,
+    overrides: list,
+    workdir: str,
+) -> None:
+    """Every n-th shard of a data step."""
+    from components.step import run_share
+
+    run_share(step, [before, models], share, profile=profile, overrides=overrides, workdir=workdir)
+
+
+data_share = dsl.component(_share, base_image=DATA, install_kfp_package=False)
+gpu_share = dsl.component(_share, base_image=CAPTION, install_kfp_package=False)
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def demo_videos(
+    profile: str,
+    overrides: list,
+    workdir: str,
+    revision: str,
+    manifest: dsl.Output[dsl.Dataset],
+) -> None:
+    """Render the embedded world: videos of coloured shapes that move."""
+    from components.step import run
+
+    before = []
+    run("demo_videos", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def download(
+    demo_videos: dsl.Input[dsl.Dataset],
+    profile: str,
+    overrides: list,
+    workdir: str,
+    revision: str,
+    manifest: dsl.Output[dsl.Dataset],
+) -> None:
+    """Fetch videos and check that they decode."""
+    from components.step import run
+
+    before = [demo_videos]
+    run("download", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def split(
+    download: dsl.Input[dsl.Dataset],
+    profile: str,
+    overrides: list,
+    workdir: str,
+    revision: str,
+    manifest: dsl.Output[dsl.Dataset],
+) -> None:
+    """Find shots and write them as normalised clips into tar shards."""
+    from components.step import run
+
+    before = [download]
+    run("split", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def score(
+    split: dsl.Input[dsl.Dataset],
+    profile: str,
+    overrides: list,
+    workdir: str,
+    revision: str,
+    manifest: dsl.Output[dsl.Dataset],
+) -> None:
+    """Score every clip, then drop by thresholds; the reason is recorded."""
+    from components.step import run
+
+    before = [split]
+    run("score", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def demo_models(
+    score: dsl.Input[dsl.Dataset],
+    profile: str,
+    overrides: list,
+    workdir: str,
+    revision: str,
+    manifest: dsl.Output[dsl.Dataset],
+) -> None:
+    """Train the tiny VAE and LLaVA and make the tiny T5 of the embedded world."""
+    from components.step import run
+
+    before = [score]
+    run("demo_models", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+
+
+@dsl.component(base_image=CAPTION, install_kfp_package=False)
+def caption(
+    score: dsl.Input[dsl.Dataset],
+    demo_models: dsl.Input[dsl.Dataset],
+    profile: str,
+    overrides: list,
+    workdir: str,
+    revision: str,
+    manifest: dsl.Output[dsl.Dataset],
+) -> None:
+    """Caption clips with LLaVA, or by a server that runs it."""
+    from components.step import run
+
+    before = [score, demo_models]
+    run("caption", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+
+
+@dsl.component(base_image=CAPTION, install_kfp_package=False)
+def encode(
+    caption: dsl.Input[dsl.Dataset],
+    demo_models: dsl.Input[dsl.Dataset],
+    profile: str,
+    overrides: list,
+    workdir: str,
+    revision: str,
+    manifest: dsl.Output[dsl.Dataset],
+) -> None:
+    """Write VAE latents of all frames and text embeddings into shards."""
+    from components.step import run
+
+    before = [caption, demo_models]
+    run("encode", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)

@@ -1,0 +1,124 @@
+"""Launch a training stage: as a TrainJob where there is a cluster, else in processes on this machine."""
+
+import hashlib
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from components.step import check, describe, fail, load, log_metrics, track
+
+if TYPE_CHECKING:
+    from opensora.config import Config
+
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+POD = ("POD_NAME", "POD_UID")  # environment: the launcher's own, which the pipeline sets from its fields
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher of every stage is told."""
+
+    profile: str
+    overrides: list[str]
+    workdir: str
+    revision: str
+    image: str  # of the training pods; empty trains on this machine
+    tracking_uri: str
+    budget_dollars: float  # of the stage, as `opensora plan` counts it; 0: no limit
+    run_id: str  # of the pipeline's run: a retry finds the job of the try before by it
+
+
+def launch(stage: str, inputs: Sequence[Any], job: Launch, checkpoint: Any, metrics: Any) -> None:
+    """Train the stage to its end and describe it in the artifacts; a failure ends the process with its reason."""
+    from opensora.config import UserError
+    from opensora.step import read_report
+
+    track(job.tracking_uri)
+    try:
+        for artifact in inputs:
+            check(artifact)
+        config = load(job.profile, job.overrides)
+        check_budget(config, stage, job.budget_dollars)
+        if job.image and "KUBERNETES_SERVICE_HOST" in os.environ:
+            _on_cluster(config, stage, job)
+        else:
+            _on_this_machine(config, stage, job)
+        folder = Path(job.workdir) / config.profile / stage
+        report = describe(checkpoint, stage, folder, job.revision, read_report(folder))
+    except UserError as error:
+        fail(str(error), error.exit_code)
+    log_metrics(metrics, report.metrics)
+
+
+def check_budget(config: "Config", stage: str, dollars: float) -> None:
+    """Raise ConfigError if the stage is planned to cost more."""
+    if not dollars:
+        return
+    from opensora.config import ConfigError
+    from opensora.plan import plan_stage
+
+    cost = plan_stage(config, stage).dollars
+    if cost > dollars:
+        raise ConfigError(
+            f"{stage} of profile {config.profile} is planned to cost ${cost:,.0f}, more than the budget of "
+            f"${dollars:,.0f}; raise the budget, or lower the stage's steps (`opensora plan` shows what costs)"
+        )
+
+
+def arguments(stage: str, job: Launch) -> list[str]:
+    """Of `opensora.launch`, on this machine as in a pod."""
+    changes = [part for text in job.overrides for part in ("--set", text)]
+    return [stage, "--profile", job.profile, "--workdir", job.workdir, *changes]
+
+
+def _on_cluster(config: "Config", stage: str, job: Launch) -> None:
+    from components.trainjob import Cluster, JobError, TrainJob, run
+
+    train = getattr(config, stage)
+    gpus = min(train.processes, config.hardware.gpus_per_node)
+    key = hashlib.sha256(f"{job.run_id} {stage}".encode()).hexdigest()[:8]
+    owner = {"name": os.environ[POD[0]], "uid": os.environ[POD[1]]} if all(name in os.environ for name in POD) else None
+    wanted = TrainJob(
+        name=f"{stage.replace('_', '-')}-{key}",
+        namespace=NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.is_file() else "opensora",
+        stage=stage,
+        image=job.image,
+        args=tuple(arguments(stage, job)),
+        nodes=math.ceil(train.processes / gpus),
+        gpus_per_node=gpus,
+        env={"MLFLOW_TRACKING_URI": job.tracking_uri, "OPENSORA_DATA_REVISION": job.revision},
+        owner=owner,
+    )
+    signal.signal(signal.SIGTERM, _stop)  # a cancelled run: the job is deleted on the way out
+    try:
+        run(wanted, Cluster(wanted.namespace, say=lambda line: print(line, flush=True)))
+    except JobError as error:
+        fail(str(error))
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _on_this_machine(config: "Config", stage: str, job: Launch) -> None:
+    """The same command with the variables that Kubeflow Trainer would set; its last error is ours."""
+    processes = getattr(config, stage).processes
+    env = os.environ | {"PET_NNODES": "1", "PET_NPROC_PER_NODE": str(processes), "PET_NODE_RANK": "0"}
+    command = [sys.executable, "-m", "opensora.launch", *arguments(stage, job)]
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+    reason = ""
+    assert child.stdout
+    for line in child.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("error: "):
+            reason = line.removeprefix("error: ").strip()
+    code = child.wait()
+    if code:
+        fail(reason or f"{stage} ended with exit code {code}", code if code > 0 else 128 - code)
