@@ -68,11 +68,14 @@ def run_share(
     """Work on every n-th shard of a step alone, as in share "3/8"; the step itself finds them done and finishes."""
     from opensora.chain import run_step
     from opensora.config import UserError
+    from opensora.step import ShareDone
 
     try:
         for artifact in inputs:
             check(artifact)
         run_step(step, load(profile, [*overrides, f"executor.share={share}"]), Path(workdir))
+    except ShareDone as done:
+        print(f"{step}: {done}")
     except UserError as error:
         fail(str(error), error.exit_code)
 

@@ -269,6 +269,20 @@ def show_config(profile: Profile = None, overrides: Overrides = None, params: Pa
     print(yaml.safe_dump(_config(params, profile, overrides).model_dump(mode="json"), sort_keys=False), end="")
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def pipeline(context: typer.Context) -> None:
+    """Compile the chain as Kubeflow pipelines, run it here or on a cluster; `opensora pipeline --help` tells more."""
+    from importlib import import_module
+
+    from opensora.config import ConfigError
+
+    here = Path.cwd()
+    if not (here / "pipelines" / "cli.py").is_file():  # not part of the wheel: a cluster runs what a checkout holds
+        raise ConfigError(f"no folder `pipelines` in {here}; run `opensora pipeline` inside the project's checkout")
+    sys.path.insert(0, str(here))
+    import_module("pipelines.cli").main(context.args)
+
+
 def main() -> None:
     """Entry point: one clear line and an exit code for every error that a user can mend."""
     for name, value in QUIET.items():

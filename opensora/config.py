@@ -63,6 +63,11 @@ class ExecutorConfig(Section):
         "pool", description="processes of this machine, this process alone, or Ray Data"
     )
     retries: NonNegative = Field(1, description="tries of a failed shard after the first")
+    share: str = Field(
+        "",
+        pattern=r"^(\d+/[1-9]\d*)?$",
+        description="as 3/8: only every 8th shard from the 4th on; empty: the whole step",
+    )
     ray_address: str = Field("", description="of a Ray cluster, as in ray://head:10001; empty: this machine")
 
 

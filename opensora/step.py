@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 from opensora.config import UserError
 
@@ -24,6 +25,10 @@ CACHE = ".cache"  # what a step made and need not make again
 
 class StepError(UserError):
     """A step cannot go on; the message says what was wrong, what was expected and what to do."""
+
+
+class ShareDone(Exception):
+    """This process's share of a step's shards is done; whoever finishes the step finds them done."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Report:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` so that a reader sees the whole file or none."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")  # others may write it at the same time
     with part.open("w") as handle:
         json.dump(value, handle, indent=2, sort_keys=True)
         handle.flush()
@@ -66,11 +71,15 @@ def fingerprint(*values: object) -> str:
     return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def lock_file(path: Path) -> IO[str] | None:
-    """`path` opened and locked until it is closed or this process ends; None if somebody else holds it."""
+def lock_file(path: Path, shared: bool = False) -> IO[str] | None:
+    """`path` opened and locked until it is closed or this process ends; None if somebody else holds it.
+
+    Args:
+        shared: others may hold it in the same way.
+    """
     handle = path.open("w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.close()
         return None
@@ -138,13 +147,23 @@ class StepFolder:
         except (FileNotFoundError, json.JSONDecodeError):
             return False
 
-    def open(self) -> Path:
+    def open(self, shared: bool = False) -> Path:
         """The work folder; what a stopped run of the same fingerprint left there is kept, anything else removed.
+
+        Args:
+            shared: others work there too, on other shards, and nobody finishes the step meanwhile.
 
         Raises:
             StepError: another process works there.
         """
-        self._lock()
+        self._lock(shared)
+        with (self.path.with_name(f"{self.path.name}.setup.lock")).open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # those who share the folder do not remove each other's beginnings
+            self._prepare()
+        self._memory.start()
+        return self.path
+
+    def _prepare(self) -> None:
         mark = self.path / FINGERPRINT
         try:
             same = json.loads(mark.read_text()) == self.key
@@ -154,13 +173,11 @@ class StepFolder:
             shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(mark, self.key)
-        self._memory.start()
-        return self.path
 
-    def _lock(self) -> None:
+    def _lock(self, shared: bool) -> None:
         """Held until this process ends, however it ends."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._held = lock_file(self.path.with_name(f"{self.path.name}.lock"))
+        self._held = lock_file(self.path.with_name(f"{self.path.name}.lock"), shared)
         if self._held is None:
             raise StepError(f"another process is working on {self.output}; wait for it or stop it")
 

@@ -79,7 +79,7 @@ def run(
     folder = StepFolder(output, fingerprint(asking, rest, manifest_hash(inputs)))
     if folder.is_done():
         return read_report(output)
-    work = folder.open()
+    work = folder.open(shared=bool(executor.share))
     (work / STOPPED).unlink(missing_ok=True)
     answers = kept / fingerprint(asking)[:16]
     answers.mkdir(parents=True, exist_ok=True)

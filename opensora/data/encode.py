@@ -81,7 +81,7 @@ def run(
     folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs), latent_key, words_key))
     if folder.is_done():
         return read_report(output)
-    work = folder.open()
+    work = folder.open(shared=bool(executor.share))
     tasks = [Task(config, part, shards, vae, text, latents, texts, work / part.name) for part in list_parts(inputs)]
     run_shards(encode_shard, tasks, executor, config.workers, "encoding", count_rows(inputs))
     tally = Tally()

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from opensora.config import ExecutorConfig
 from opensora.data.workers import FOREVER_S, Outcome, attempt, call_isolated, listen, run_tasks, stop_isolated
 from opensora.progress import progress
-from opensora.step import StepError
+from opensora.step import ShareDone, StepError
 
 STATUS = "shards.jsonl"
 SHOWN = 3  # failures in an error's message
@@ -65,13 +65,30 @@ def run_shards(
 
     Raises:
         StepError: a shard failed in every attempt; the others are done.
+        ShareDone: the shards of `executor.share` are done, and the step is not finished by that.
         OSError: the disk is full.
     """
-    left = [task for task in tasks if not task.part.is_file()]
+    if executor.share:
+        index, count = map(int, executor.share.split("/"))
+        tasks = tasks[index::count]
+    _run(function, [task for task in tasks if not task.part.is_file()], len(tasks), executor, workers, label, items)
+    if executor.share:
+        raise ShareDone(f"share {executor.share}: {len(tasks)} shards are done")
+
+
+def _run(
+    function: Callable[[AnyTask], None],
+    left: list[AnyTask],
+    total: int,
+    executor: ExecutorConfig,
+    workers: int,
+    label: str,
+    items: int,
+) -> None:
     if not left:
         return
     timed = _Timed(function)
-    share = len(left) / len(tasks)  # a resumed run shows what is left
+    share = len(left) / total  # a resumed run shows what is left
     with progress(round(items * share) or len(left), label) as bar:
         before = listen(bar if items else lambda: None)
         try:
@@ -90,7 +107,7 @@ def run_shards(
         finally:
             listen(before)
     if failed:
-        _raise([(task.part, outcome) for task, outcome in failed], len(tasks))
+        _raise([(task.part, outcome) for task, outcome in failed], total)
 
 
 def _raise(failed: list[tuple[Path, Outcome[float]]], total: int) -> None:

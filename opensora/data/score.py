@@ -75,7 +75,7 @@ def run(
     folder = StepFolder(output, fingerprint(settings, MEASURES, models, manifest_hash(inputs)))
     if folder.is_done():
         return read_report(output)
-    work = folder.open()
+    work = folder.open(shared=bool(executor.share))
     cache.mkdir(parents=True, exist_ok=True)
     tasks = [Task(part, cache / _cache_name(part, models), clip, head) for part in list_parts(inputs)]
     fresh = {task.part for task in tasks if not task.part.is_file()}

@@ -72,7 +72,7 @@ def run(
     folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs), model))
     if folder.is_done():
         return read_report(output)
-    work = folder.open()
+    work = folder.open(shared=bool(executor.share))
     tasks = [Task(config, part, output.parent, transnetv2, work / part.name) for part in list_parts(inputs)]
     run_shards(split_shard, tasks, executor, config.workers, "splitting videos", count_rows(inputs))
     tally, seconds = Tally(), 0.0

@@ -1,0 +1,1 @@
+"""Kubeflow pipelines: data, training, release, and all of them as one."""

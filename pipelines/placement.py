@@ -1,0 +1,51 @@
+"""Where the tasks of a pipeline run on a cluster, and with what. The local runner ignores all of it."""
+
+from kfp import dsl, kubernetes
+
+CLAIM, MOUNT = "runs", "/runs"  # k8s/base/storage.yaml
+SECRET_KEYS = {
+    name: name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+}
+MLFLOW_KEYS = {name: name for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")}
+GPU = "nvidia.com/gpu"
+RETRIES = 2
+
+
+def on_cpu(task: dsl.PipelineTask, cpu: str = "4", memory: str = "16Gi") -> dsl.PipelineTask:
+    """A task of the CPU pool."""
+    return _common(task, "cpu", cpu, memory)
+
+
+def on_gpu(task: dsl.PipelineTask, cpu: str = "12", memory: str = "96Gi") -> dsl.PipelineTask:
+    """A task of the captioning pool, with one GPU."""
+    _common(task, "captioning", cpu, memory)
+    task.set_accelerator_type(GPU).set_accelerator_limit(1)
+    kubernetes.add_toleration(task, key=GPU, operator="Exists", effect="NoSchedule")
+    kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="16Gi")
+    return task
+
+
+def with_internet(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """The network policy `internet` lets tasks with this label out, to public addresses."""
+    return kubernetes.add_pod_label(task, "opensora/internet", "true")
+
+
+def as_launcher(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """A small task that talks to the cluster's API; it knows its own pod, which owns the job that it makes."""
+    on_cpu(task, cpu="1", memory="4Gi")
+    kubernetes.add_pod_label(task, "opensora/api-client", "true")
+    kubernetes.use_field_path_as_env(task, env_name="POD_NAME", field_path="metadata.name")
+    kubernetes.use_field_path_as_env(task, env_name="POD_UID", field_path="metadata.uid")
+    return task
+
+
+def _common(task: dsl.PipelineTask, pool: str, cpu: str, memory: str) -> dsl.PipelineTask:
+    task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+    task.set_retry(num_retries=RETRIES, backoff_duration="30s", backoff_factor=2.0)
+    task.set_env_variable("HOME", "/tmp")
+    kubernetes.add_node_selector(task, "opensora/pool", pool)
+    kubernetes.mount_pvc(task, pvc_name=CLAIM, mount_path=MOUNT)
+    kubernetes.use_secret_as_env(task, secret_name="object-store", secret_key_to_env=SECRET_KEYS, optional=True)
+    kubernetes.use_secret_as_env(task, secret_name="mlflow", secret_key_to_env=MLFLOW_KEYS, optional=True)
+    kubernetes.set_image_pull_policy(task, "IfNotPresent")
+    return task

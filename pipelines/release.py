@@ -1,0 +1,28 @@
+"""Evaluate a trained model, let the gate judge it, promote it or say why not."""
+
+from kfp import dsl
+
+from components import release
+from pipelines.placement import on_cpu, on_gpu
+
+
+@dsl.pipeline(name="opensora-release", description="Evaluation, gate, promotion.")
+def release_pipeline(
+    checkpoint: dsl.Input[dsl.Model],
+    profile: str = "smoke",
+    overrides: list = [],  # noqa: B006
+    workdir: str = "/runs/default",
+    data_revision: str = "",
+    tracking_uri: str = "",
+) -> bool:
+    """Never cached. Returns whether the version was promoted; a refusal is a result, with its report, not a failure."""
+    common = {
+        "profile": profile,
+        "overrides": overrides,
+        "workdir": workdir,
+        "revision": data_revision,
+        "tracking_uri": tracking_uri,
+    }
+    evaluate = on_gpu(release.evaluate(checkpoint=checkpoint, **common)).set_caching_options(False)
+    promote = on_cpu(release.promote(evaluate=evaluate.outputs["manifest"], **common)).set_caching_options(False)
+    return promote.outputs["promoted"]
