@@ -5,7 +5,7 @@ The steps that work shard by shard also come as shares, which a loop runs side b
 
 from kfp import dsl
 
-from components.images import CAPTION, DATA
+from components.image_names import CAPTION, DATA
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from kfp import dsl
 
-from components.images import EVALUATE
+from components.image_names import EVALUATE
 
 
 @dsl.component(base_image=EVALUATE, install_kfp_package=False)

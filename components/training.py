@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from components.images import DATA
+from components.image_names import DATA
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)

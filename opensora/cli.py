@@ -269,6 +269,29 @@ def show_config(profile: Profile = None, overrides: Overrides = None, params: Pa
     print(yaml.safe_dump(_config(params, profile, overrides).model_dump(mode="json"), sort_keys=False), end="")
 
 
+@app.command()
+def doctor(
+    profile: Profile = None,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+    workdir: Workdir = RUNS,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Check the cluster, too.")] = False,
+    namespace: Annotated[str, typer.Option("--namespace", help="Where runs live on the cluster.")] = "opensora",
+    queue: Annotated[str, typer.Option("--queue", help="Queue of the training jobs.")] = "opensora",
+    kfp_host: Annotated[
+        str, typer.Option("--kfp-host", envvar="KFP_HOST", help="Address of Kubeflow Pipelines.")
+    ] = "http://localhost:8888",
+) -> None:
+    """Is this machine ready for a profile, and with --cluster the cluster? Says what to do where it is not."""
+    from opensora.doctor import examine, examine_cluster, show
+
+    good = show(examine(_config(params, profile, overrides), workdir))
+    if cluster:
+        good &= show(examine_cluster(namespace, queue, kfp_host))
+    if not good:
+        raise typer.Exit(1)
+
+
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def pipeline(context: typer.Context) -> None:
     """Compile the chain as Kubeflow pipelines, run it here or on a cluster; `opensora pipeline --help` tells more."""

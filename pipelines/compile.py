@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from components.images import IMAGES
+from components.image_names import IMAGES
 
 PIPELINES = ("data", "training", "release", "full")
 
@@ -35,7 +35,7 @@ def compile_pipeline(name: str, output: Path, images: Mapping[str, str], paramet
     """Write the pipeline's YAML; returns the images that are not pinned by digest.
 
     Args:
-        images: what a registry calls each image of `components.images`: name → `registry/name@sha256:…`.
+        images: what a registry calls each image of `components.image_names`: name → `registry/name@sha256:…`.
         parameters: new defaults.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.images import IMAGES
+from components.image_names import IMAGES
 from opensora.chain import ALL_STEPS
 from pipelines.compile import PIPELINES, PipelineError, compile_pipeline
 
