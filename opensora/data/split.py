@@ -11,7 +11,7 @@ from opensora.data.cut import Cut, Written, cut_clips
 from opensora.data.executor import run_shards
 from opensora.data.shards import ShardWriter
 from opensora.data.shots import Scan, find_clips, intact_runs, scan_video
-from opensora.data.video import VideoError
+from opensora.data.video import TruncatedError, VideoError
 from opensora.data.workers import advance, call_isolated
 from opensora.manifest import (
     GIVEN,
@@ -26,12 +26,11 @@ from opensora.manifest import (
     read_part,
     write_part,
 )
-from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.step import UNWRITABLE, Report, StepError, StepFolder, fingerprint, read_report, write_json
 from opensora.weights import hash_file
 
 ROWS = "rows.json"
 MIN_OVERLAP = 0.5  # share of a clip that a given caption's span must cover
-NO_SPACE = 28
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ def _do(job: Job) -> None:
     if (job.folder / ROWS).is_file():
         return
     outcome = call_isolated(split_video, job, job.config.video_timeout_s)
-    if outcome.error_number == NO_SPACE:
-        raise OSError(NO_SPACE, outcome.failure)
+    if outcome.error_number in UNWRITABLE:
+        raise OSError(outcome.error_number, outcome.failure)
     if outcome.failure:
         shutil.rmtree(job.folder, ignore_errors=True)
         job.folder.mkdir(parents=True)
@@ -151,8 +150,8 @@ def split_video(job: Job) -> int:
     """Cut one video into clips below `job.folder`; rows.json, written last, says that it is done.
 
     Raises:
-        VideoError: the file is gone or another one, or cannot be decoded to its end.
-        OSError: the disk is full.
+        VideoError: the file is gone or another one, or nothing of it can be decoded.
+        OSError: the clips cannot be written.
     """
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
@@ -166,8 +165,8 @@ def split_video(job: Job) -> int:
         rows = _given(job, scan, spans)
     else:
         rows = _detected(job, scan)
-    if not any(row.kept for row in rows) and not rows:
-        raise VideoError("empty: no frame lies in any shot")
+    if scan.ending:
+        rows.append(_missing(job, scan, scan.ending))
     write_json(job.folder / ROWS, [asdict(row) for row in rows])
     return len(rows)
 
@@ -184,6 +183,13 @@ def _detected(job: Job, scan: Scan) -> list[Clip]:
     return rows
 
 
+def _missing(job: Job, scan: Scan, ending: TruncatedError) -> Clip:
+    """The row of what a video holds no more, behind its last frame."""
+    end = scan.timeline.frames
+    row = _clip(job.video, scan, (end, end), None)
+    return replace(row, end_s=max(row.start_s, ending.declared_s), kept=False, reason=str(ending))
+
+
 def _given(job: Job, scan: Scan, spans: list[Span]) -> list[Clip]:
     """Cut the spans that a list names, and record those that cannot be had."""
     timeline = scan.timeline
@@ -191,10 +197,13 @@ def _given(job: Job, scan: Scan, spans: list[Span]) -> list[Clip]:
     refused = []
     for span in spans:
         frames = (timeline.frame_at(span.start_s), timeline.frame_at(span.end_s))
-        if frames[0] >= frames[1]:
-            reason = (
-                f"outside: {span.start_s:g} to {span.end_s:g} s hold no frame of {timeline.at(timeline.frames):g} s"
-            )
+        length = timeline.at(timeline.frames)
+        if scan.ending and span.end_s > length + timeline.period:
+            reason = str(scan.ending)
+        elif frames[0] >= frames[1]:
+            reason = f"outside: {span.start_s:g} to {span.end_s:g} s hold no frame of {length:g} s"
+        elif any(frames[0] < joint < frames[1] for joint in scan.joints):
+            reason = "mixed: the size of its frames changes"
         elif intact_runs(frames, scan.intact) != [frames]:
             reason = "damaged: some of its frames do not decode"
         else:

@@ -93,7 +93,13 @@ def made(count: int, broken: range = range(0)) -> Scan:
     intact[list(broken)] = False
     timeline = measure_timeline(np.arange(count) / FPS, Fraction(FPS))
     return Scan(
-        timeline, Fraction(1), intact, np.zeros(count, np.float32), np.full(count, 100, np.float32), [(0, count)]
+        timeline,
+        Fraction(1),
+        intact,
+        change=np.zeros(count, np.float32),
+        level=np.full(count, 100, np.float32),
+        bend=np.full(count, np.inf, np.float32),
+        shots=[(0, count)],
     )
 
 
