@@ -5,6 +5,7 @@ from fractions import Fraction
 
 MAX_FPS = 240.0
 MAX_GAP_S = 10.0  # from one frame to the next; more is a jump of the clock, as in joined broadcasts
+MAX_BACK_S = 0.5  # from one frame to the next; more is a clock that began anew
 SAME_S = 1e-6  # by which a frame whose time is not past the one before it follows that one
 
 
@@ -16,19 +17,20 @@ class Clock:
         self.offset = 0.0
         self.last: float | None = None
 
-    def tell(self, stamp: float | None) -> float:
+    def tell(self, stamp: float | None, intact: bool = True) -> float:
         """The time of the next frame, whose timestamp is `stamp` seconds.
 
         One without a timestamp, or after a jump of the clock, follows by the usual step; one that is not past the frame
-        before it follows at once.
+        before it follows at once. After a jump all times are moved, unless the frame is not intact: decoders show such
+        ones out of turn.
         """
         if self.last is None:
             self.offset, self.last = stamp or 0.0, 0.0
             return 0.0
         following = self.last + self.step
         seconds = following if stamp is None else stamp - self.offset
-        if stamp is not None and abs(seconds - self.last) > MAX_GAP_S:
-            self.offset, seconds = stamp - following, following
+        if stamp is not None and not -MAX_BACK_S <= seconds - self.last <= MAX_GAP_S:
+            self.offset, seconds = stamp - following if intact else self.offset, following
         self.last = max(seconds, self.last + SAME_S)
         return self.last
 

@@ -150,7 +150,7 @@ class _Decoder:
             lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else self.clock.step
             self.end_s = max(self.end_s, (stamp or 0.0) + lasts)
             intact = self.damage.passes(origin, frame.key_frame, frame.is_corrupt)
-            yield Picture(self.count, self.clock.tell(stamp), frame, intact)
+            yield Picture(self.count, self.clock.tell(stamp, intact), frame, intact)
             self.count += 1
 
 
