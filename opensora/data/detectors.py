@@ -77,6 +77,7 @@ class TransNetV2:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = 1  # a worker a core; its own threads would choose their cores themselves
         self.session = onnxruntime.InferenceSession(str(path), options)
         self.threshold, self.min_frames = threshold, min_frames
         self._frames: list[np.ndarray] = []
