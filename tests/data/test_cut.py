@@ -107,6 +107,7 @@ def colour_error(frame: np.ndarray) -> float:
         ("bt601.mp4", {"matrix": Colorspace.ITU601}),
         ("full.mp4", {"full": True}),
         ("ten.mp4", {"form": "yuv420p10le"}),
+        ("ten_full.mp4", {"form": "yuv420p10le", "full": True}),
         ("444.mkv", {"form": "yuv444p"}),
         ("hevc.mp4", {"codec": "libx265", "options": {"x265-params": "log-level=none"}}),
         ("av1.mp4", {"codec": "libsvtav1", "options": {"preset": "10", "svtav1-params": "color-range=0"}}),
@@ -183,6 +184,23 @@ def test_rotation_is_baked_in(tmp_path: Path) -> None:
     _, theirs = cv2.VideoCapture(str(path)).read()  # OpenCV turns the picture itself
     theirs = cv2.resize(theirs[..., ::-1], frames.shape[2:0:-1], interpolation=cv2.INTER_AREA)
     assert np.abs(frames[0].astype(int) - theirs).mean() < 4
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_every_quarter_turn_of_a_display_matrix(tmp_path: Path, turns: int) -> None:
+    path = write(tmp_path / "a.mp4", options={"crf": "1"}, frames=3)
+    upright = list(decode(path))
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 44  # the matrix of ISO 14496-12: a b u, c d v, x y w
+    cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[turns]
+    one, unit = 1 << 16, 1 << 30
+    values = [cosine * one, sine * one, 0, -sine * one, cosine * one, 0, 0, 0, unit]
+    data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in values)
+    path.write_bytes(bytes(data))
+    _, frames = cut_one(path, tmp_path)
+    assert np.abs(frames[1] - np.rot90(upright[1][1], -turns).astype(int)).mean() < 3
+    _, theirs = cv2.VideoCapture(str(path)).read()  # OpenCV turns the picture itself
+    assert np.abs(frames[0] - theirs[..., ::-1].astype(int)).mean() < 6
 
 
 def test_unordered_and_missing_timestamps_give_rising_times(tmp_path: Path) -> None:
