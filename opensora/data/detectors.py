@@ -9,6 +9,8 @@ import numpy as np
 
 from opensora.config import SplitConfig
 from opensora.data.video import DEFAULT_FPS
+from opensora.step import StepError
+from opensora.weights import WeightsError
 
 THRESHOLDS = {"content": 27.0, "adaptive": 3.0, "transnetv2": 0.5}
 WINDOW, STEP, MARGIN = 100, 50, 25  # frames that TransNetV2 sees at once, and of those it judges the middle ones
@@ -112,6 +114,34 @@ class TransNetV2:
                 shots.append((start, first + 1))
                 start = after
         return [*shots, (start, count)]
+
+
+def check_transnetv2(path: Path) -> None:
+    """Run the network once, before a step begins: else each video would be told to be bad.
+
+    Raises:
+        StepError: onnxruntime is not installed.
+        WeightsError: the file is damaged, or another network.
+    """
+    try:
+        session = TransNetV2(path, THRESHOLDS["transnetv2"], 1).session
+    except ImportError:
+        raise StepError(
+            "split.detector is transnetv2, which needs onnxruntime: pip install 'opensora-workflow[shots]'"
+        ) from None
+    except Exception as error:  # onnxruntime has an exception of its own for everything
+        raise WeightsError(f"{path} is no ONNX file that can be read: {_first_line(error)}") from error
+    windows = np.zeros((2, WINDOW, INPUT_HEIGHT, INPUT_WIDTH, 3), np.uint8)
+    try:
+        (output,) = session.run(["output"], {"input": windows})
+    except Exception as error:
+        raise WeightsError(f"{path} is no TransNetV2: {_first_line(error)}") from error
+    if output.shape != (2, WINDOW, 1):
+        raise WeightsError(f"{path} is no TransNetV2: `output` is {list(output.shape)}, expected [2, {WINDOW}, 1]")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class DetectorBySize:

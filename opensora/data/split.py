@@ -8,6 +8,7 @@ from pathlib import Path
 
 from opensora.config import ExecutorConfig, SplitConfig
 from opensora.data.cut import Cut, Written, cut_clips
+from opensora.data.detectors import check_transnetv2
 from opensora.data.executor import run_shards
 from opensora.data.shards import ShardWriter
 from opensora.data.shots import Scan, find_clips, intact_runs, scan_video
@@ -65,12 +66,15 @@ def run(
 
     Raises:
         StepError: nothing is left, or more than `max_bad_share` of the videos is bad.
+        WeightsError: the file is no TransNetV2.
     """
     settings = config.model_dump(exclude={"workers", "video_timeout_s", "max_bad_share"})
     model = hash_file(transnetv2) if transnetv2 else ""
     folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs), model))
     if folder.is_done():
         return read_report(output)
+    if transnetv2:
+        check_transnetv2(transnetv2)
     work = folder.open()
     tasks = [Task(config, part, output.parent, transnetv2, work / part.name) for part in list_parts(inputs)]
     run_shards(split_shard, tasks, executor, config.workers, "splitting videos", count_rows(inputs))

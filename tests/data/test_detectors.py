@@ -7,8 +7,9 @@ import pytest
 
 from opensora.config import SplitConfig
 from opensora.data.cut import ClipWriter
-from opensora.data.detectors import TransNetV2
+from opensora.data.detectors import TransNetV2, check_transnetv2
 from opensora.data.shots import scan_video
+from opensora.weights import WeightsError
 
 HEIGHT, WIDTH = 27, 48
 
@@ -85,3 +86,22 @@ def test_a_video_is_scanned_by_it(transnetv2: Path, tmp_path: Path) -> None:
     writer.finish()
     scan = scan_video(tmp_path / "a.mp4", SplitConfig(detector="transnetv2"), transnetv2)
     assert scan.shots == [(0, 30), (30, 120), (120, 140)]
+
+
+def test_another_file_is_refused_before_any_video(transnetv2: Path, tmp_path: Path) -> None:
+    import onnx
+
+    check_transnetv2(transnetv2)
+    (tmp_path / "text.onnx").write_text("no network")
+    with pytest.raises(WeightsError, match="no ONNX file that can be read"):
+        check_transnetv2(tmp_path / "text.onnx")
+    model = onnx.load(transnetv2)
+    model.graph.node[-1].input[0] = "mean"  # 99 frames of 100
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 99
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(WeightsError, match=r"`output` is \[2, 99, 1\], expected \[2, 100, 1\]"):
+        check_transnetv2(tmp_path / "other.onnx")
+    model.graph.input[0].name = model.graph.node[0].input[0] = "frames"
+    onnx.save(model, tmp_path / "named.onnx")
+    with pytest.raises(WeightsError, match="no TransNetV2"):
+        check_transnetv2(tmp_path / "named.onnx")

@@ -29,16 +29,16 @@ EXECUTOR = ExecutorConfig(kind="sequential")
 CONFIG = SplitConfig(given_spans=False, max_short_side=64, shard_mib=1, max_clip_s=100)
 
 
-def colours(path: Path, shots: list[int], fps: int = 10) -> Path:
+def colours(path: Path, shots: list[int], fps: int = 10, side: int = 64) -> Path:
     """A video whose shots are plain greys with a bright block; frame `i` carries its number in its first rows."""
     head = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=head) as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "1", "x264-params": "log=0", "bf": "0"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = side, side * 3 // 4, "yuv420p"
         number = 0
         for index, length in enumerate(shots):
             for _ in range(length):
-                frame = np.full((48, 64, 3), 40 if index % 2 else 200, np.uint8)
+                frame = np.full((side * 3 // 4, side, 3), 40 if index % 2 else 200, np.uint8)
                 for bit in range(8):
                     frame[:16, bit * 8 : bit * 8 + 8] = 255 * (number >> bit & 1)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -247,6 +247,16 @@ def test_given_spans_of_a_truncated_video(tmp_path: Path) -> None:
         (6, 7, said),
         (pytest.approx(4), pytest.approx(7.5), said),
     ]
+
+
+def test_given_spans_over_a_change_of_size_are_told(tmp_path: Path) -> None:
+    data = b"".join(colours(tmp_path / f"{n}.ts", [20], side=side).read_bytes() for n, side in enumerate((64, 128)))
+    (tmp_path / "a.ts").write_bytes(data)
+    lines = [{"path": "a.ts", "start_s": a, "end_s": b, "caption": "x"} for a, b in [(0, 1), (1, 3), (2.5, 4)]]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    clips = pack(tmp_path / "list.jsonl", tmp_path, CONFIG.model_copy(update={"given_spans": True}))
+    found = sorted((clip.start_s, clip.width, clip.reason) for clip in clips)
+    assert found == [(0, 64, ""), (1, 64, "mixed: the size of its frames changes"), (2.5, 86, "")]
 
 
 def parts(folder: Path, videos: list[Path]) -> Path:
