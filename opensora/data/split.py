@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +14,7 @@ from opensora.data.executor import run_shards
 from opensora.data.shards import ShardWriter
 from opensora.data.shots import Scan, find_clips, intact_runs, scan_video
 from opensora.data.video import TruncatedError, VideoError
-from opensora.data.workers import advance, call_isolated
+from opensora.data.workers import Outcome, advance, call_isolated, run_tasks
 from opensora.manifest import (
     GIVEN,
     WHOLE_VIDEO_S,
@@ -43,6 +44,7 @@ class Task:
     base: Path  # folder of all steps
     transnetv2: Path | None
     part: Path
+    processes: int = 1  # that decode: more where there are more workers than shards
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def run(
     if transnetv2:
         check_transnetv2(transnetv2)
     work = folder.open()
-    tasks = [Task(config, part, output.parent, transnetv2, work / part.name) for part in list_parts(inputs)]
+    found = list_parts(inputs)
+    spare = config.workers // len(found) if executor.kind == "pool" else 1
+    tasks = [Task(config, part, output.parent, transnetv2, work / part.name, max(1, spare)) for part in found]
     run_shards(split_shard, tasks, executor, config.workers, "splitting videos", count_rows(inputs))
     tally, seconds = Tally(), 0.0
     videos = good = 0
@@ -108,9 +112,14 @@ def split_shard(task: Task) -> None:
         if video.kept:
             folder = scratch / task.part.stem / video.clip_id
             jobs.append(Job(video, task.base / video.path, folder, task.config, task.transnetv2))
-            _do(jobs[-1])
         else:
             rows.append(video)
+            advance()
+    left = [job for job in jobs if not (job.folder / ROWS).is_file()]  # a run before this one may have done others
+    for _ in range(len(jobs) - len(left)):
+        advance()
+    for outcome in _outcomes(left, task.config.video_timeout_s, task.processes):
+        _record(left[outcome.index], outcome)
         advance()
     index = part_index(task.part)
     for old in task.part.parent.glob(f"clips-{index:05d}-*"):
@@ -123,11 +132,17 @@ def split_shard(task: Task) -> None:
     shutil.rmtree(scratch / task.part.stem, ignore_errors=True)
 
 
-def _do(job: Job) -> None:
-    """Split a video in a process of its own; rows.json says that it is done, by a run before this one perhaps."""
-    if (job.folder / ROWS).is_file():
-        return
-    outcome = call_isolated(split_video, job, job.config.video_timeout_s)
+def _outcomes(jobs: list[Job], timeout_s: float, processes: int) -> Iterator[Outcome[int]]:
+    """Split videos, each in a process that a bad one may crash or hang."""
+    if processes > 1:
+        yield from run_tasks(split_video, jobs, processes, timeout_s)
+    else:
+        for index, job in enumerate(jobs):
+            yield replace(call_isolated(split_video, job, timeout_s), index=index)
+
+
+def _record(job: Job, outcome: Outcome[int]) -> None:
+    """Leave a row for a video that failed; one that did not has left its own."""
     if outcome.error_number in UNWRITABLE:
         raise OSError(outcome.error_number, outcome.failure)
     if outcome.failure:

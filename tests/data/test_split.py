@@ -190,6 +190,31 @@ def test_a_decoder_that_hangs_or_dies_costs_its_video_alone(
     assert report.kept == 12  # three videos of four shots
 
 
+def split_together(job: split.Job) -> int:
+    """Splits a video when another process is at the next one."""
+    job.path.with_suffix(".begun").touch()
+    deadline = time.monotonic() + 60
+    while len(list(job.path.parent.glob("*.begun"))) < 2:
+        assert time.monotonic() < deadline, "nobody came"
+        time.sleep(0.01)
+    return split.split_video(job)
+
+
+def test_one_shard_keeps_all_workers_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        colours(tmp_path / "in" / f"{number}.mp4", [20, 21 + number])
+    clips = pack(tmp_path / "in", tmp_path)
+    expected = contents(tmp_path / "split")
+    split.run(CONFIG, tmp_path / "download", tmp_path / "pool", ExecutorConfig())
+    assert contents(tmp_path / "pool") == expected
+    monkeypatch.setattr(split, "split_video", split_together)
+    (tmp_path / "again").mkdir()
+    inputs = tmp_path / "download" / part_name(0)
+    split.split_shard(split.Task(CONFIG, inputs, tmp_path, None, tmp_path / "again" / part_name(0), processes=2))
+    assert read_manifest(tmp_path / "again") == clips
+
+
 def split_or_hang(job: split.Job) -> int:
     """Hangs at the video "hangs.mp4", after leaving the number of its process."""
     if Path(job.video.source).name == "hangs.mp4":
