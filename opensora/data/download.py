@@ -13,10 +13,10 @@ from urllib.parse import unquote, urlsplit
 
 from opensora.config import DownloadConfig, ExecutorConfig
 from opensora.data.executor import run_shards
-from opensora.data.fetch import DownloadError, public_url, without_secrets
-from opensora.data.lists import Item, read_captions
-from opensora.data.platforms import fetch_platform, is_platform
-from opensora.data.sources import CAPTIONS, VIDEOS, bring, list_items, scheme, stable_url
+from opensora.data.sources.fetch import DownloadError, public_url, without_secrets
+from opensora.data.sources.listing import CAPTIONS, VIDEOS, bring, list_items, scheme, stable_url
+from opensora.data.sources.lists import Item, read_captions
+from opensora.data.sources.platforms import fetch_platform, is_platform
 from opensora.data.video import probe
 from opensora.data.workers import advance, call_isolated
 from opensora.manifest import Clip, Span, Tally, list_parts, part_name, read_part, write_part

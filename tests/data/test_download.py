@@ -28,7 +28,7 @@ LOCAL = DownloadConfig(allow_private_hosts=True, retries=0, timeout_s=5, max_bad
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opensora.data.fetch.BACK_OFF_S", 0.0)
+    monkeypatch.setattr("opensora.data.sources.fetch.BACK_OFF_S", 0.0)
 
 
 class Counting(SimpleHTTPRequestHandler):
@@ -256,7 +256,7 @@ def test_pages_of_platforms_are_brought_by_yt_dlp(
 ) -> None:
     folder, url = web
     video(folder / "a.mp4")
-    monkeypatch.setattr("opensora.data.platforms.HOSTS", {"127.0.0.1"})
+    monkeypatch.setattr("opensora.data.sources.platforms.HOSTS", {"127.0.0.1"})
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"url": f"{url}/{name}.mp4"}) for name in "ab"))
     report = run(LOCAL, str(tmp_path / "list.jsonl"), tmp_path / "download", EXECUTOR)
     assert (report.kept, report.dropped) == (1, {"dead link": 1})

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config import DATA_STEPS
-from opensora.data.problems import SHA256
 from opensora.data.shards import HEADER, latent_names, read_clip, text_key
+from opensora.data.validation.problems import SHA256
 from opensora.data.workers import call_isolated
 from opensora.manifest import GIVEN, Clip
 from opensora.step import STORE

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora.data.problems import Repeats, UnreadableError
 from opensora.data.shards import latent_names, text_key, write_tensors
-from opensora.data.validate import validate
+from opensora.data.validation.problems import Repeats, UnreadableError
+from opensora.data.validation.validate import validate
 from opensora.manifest import GIVEN, Clip, list_parts, part_name, read_part, write_part
 from opensora.step import read_report, write_json
 from tests.manifests import clip, finish

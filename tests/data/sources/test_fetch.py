@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from opensora.config import DownloadConfig
-from opensora.data import fetch as module
-from opensora.data.fetch import DownloadError, fetch, is_public, public_url, without_secrets
+from opensora.data.sources import fetch as module
+from opensora.data.sources.fetch import DownloadError, fetch, is_public, public_url, without_secrets
 
 CONTENT = bytes(range(256)) * 4000
 CONFIG = DownloadConfig(allow_private_hosts=True, retries=2, timeout_s=5)

@@ -12,9 +12,9 @@ from typing import IO
 from urllib.parse import unquote, urljoin, urlsplit
 
 from opensora.config import DownloadConfig
-from opensora.data.fetch import MIB, DownloadError, fetch
-from opensora.data.lists import SUFFIXES as LISTS
-from opensora.data.lists import YOUTUBE, Item, read_list
+from opensora.data.sources.fetch import MIB, DownloadError, fetch
+from opensora.data.sources.lists import SUFFIXES as LISTS
+from opensora.data.sources.lists import YOUTUBE, Item, read_list
 from opensora.manifest import WHOLE_VIDEO_S, Span
 from opensora.step import StepError
 

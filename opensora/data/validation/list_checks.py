@@ -8,8 +8,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opensora.config import nearest
-from opensora.data.fetch import is_public
-from opensora.data.lists import (
+from opensora.data.sources.fetch import is_public
+from opensora.data.sources.listing import resolve, scheme
+from opensora.data.sources.lists import (
     CAPTION_COLUMNS,
     FORMS,
     LICENCE_COLUMNS,
@@ -21,8 +22,7 @@ from opensora.data.lists import (
     read_rows,
     tell_form,
 )
-from opensora.data.problems import SHA256, Problem, Repeats, UnreadableError
-from opensora.data.sources import resolve, scheme
+from opensora.data.validation.problems import SHA256, Problem, Repeats, UnreadableError
 from opensora.step import StepError
 
 ALIKE = 0.8  # of two names, 0…1: one is the other mistyped

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from opensora.data.charts import BINS, HEIGHT, WIDTH, Limit, choose_axis, histogram
+from opensora.data.reporting.charts import BINS, HEIGHT, WIDTH, Limit, choose_axis, histogram
 
 GENERATOR = np.random.default_rng(0)
 SETS = {

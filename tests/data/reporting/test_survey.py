@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora.data.survey import Sample, place, rank, survey
+from opensora.data.reporting.survey import Sample, place, rank, survey
 from opensora.step import StepError
 from tests.manifests import clip, finish
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from opensora.config import DownloadConfig
-from opensora.data.lists import Item, read_list, seconds
-from opensora.data.sources import resolve
+from opensora.data.sources.listing import resolve
+from opensora.data.sources.lists import Item, read_list, seconds
 from opensora.manifest import WHOLE_VIDEO_S, Span
 from opensora.step import StepError
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opensora.data.problems import UnreadableError
-from opensora.data.validate import validate
+from opensora.data.validation.problems import UnreadableError
+from opensora.data.validation.validate import validate
 
 
 def problems(path: Path, **options: str) -> list[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from opensora.config import ScoreConfig
-from opensora.data.charts import Limit, histogram
-from opensora.data.page import bar, key, length, number, share, size, table, text, write_page
-from opensora.data.survey import GENERATED_WORDS, GIVEN_WORDS, Count, Survey, list_files, survey
-from opensora.data.thumbnails import make_strips
+from opensora.data.reporting.charts import Limit, histogram
+from opensora.data.reporting.page import bar, key, length, number, share, size, table, text, write_page
+from opensora.data.reporting.survey import GENERATED_WORDS, GIVEN_WORDS, Count, Survey, list_files, survey
+from opensora.data.reporting.thumbnails import make_strips
 from opensora.manifest import GIVEN, Clip
 
 KEPT_SHOWN, DROPPED_SHOWN = 12, 6  # clips with pictures: of the kept, and of each reason

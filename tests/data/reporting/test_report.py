@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opensora.config import load_config
-from opensora.data.report import write_report
+from opensora.data.reporting.report import write_report
 from opensora.manifest import GIVEN, Clip, list_parts, read_manifest, read_part, write_part
 from opensora.step import StepError
 from tests.conftest import ROOT
@@ -91,8 +91,8 @@ def test_pictures_show_the_start_the_middle_and_the_end(scored: Path) -> None:
     import cv2
     import numpy as np
 
+    from opensora.data.reporting.thumbnails import HEIGHT, Task, make_strip
     from opensora.data.shards import read_clip
-    from opensora.data.thumbnails import HEIGHT, Task, make_strip
     from opensora.data.video import read_frames
 
     row = next(row for row in read_manifest(scored / "split") if row.kept)
@@ -119,7 +119,7 @@ def test_damaged_and_missing_shards_leave_out_their_pictures(scored: Path) -> No
 
 def test_the_page_is_limited(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = len(Page(report(scored)[0]).pictures)
-    monkeypatch.setattr("opensora.data.report.IMAGE_BYTES", 3000)
+    monkeypatch.setattr("opensora.data.reporting.report.IMAGE_BYTES", 3000)
     text, _ = report(scored)
     pictures = Page(text).pictures
     assert 0 < len(pictures) < whole
@@ -156,7 +156,7 @@ def test_after_download_alone_there_is_a_page_too(tmp_path: Path) -> None:
 
 
 def test_many_rows_are_counted_all_and_drawn_from_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opensora.data.survey.VALUES", 50)
+    monkeypatch.setattr("opensora.data.reporting.survey.VALUES", 50)
     parts: list[list[Clip]] = [
         [clip(part * 100 + number, scores={"motion": float(number)}) for number in range(100)] for part in range(5)
     ]

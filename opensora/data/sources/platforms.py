@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opensora.config import DownloadConfig
-from opensora.data.fetch import DownloadError
+from opensora.data.sources.fetch import DownloadError
 
 HOSTS = {"youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com"}
 # Pictures of 720 lines are enough for clips of 512; sound is not needed.

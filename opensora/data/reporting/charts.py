@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opensora.data.page import number, table, text
+from opensora.data.reporting.page import number, table, text
 
 WIDTH, HEIGHT, FOOT = 320, 110, 34  # pixels of a histogram; the foot holds its axis
 BINS = 32

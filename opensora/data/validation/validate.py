@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opensora.config import DATA_STEPS
-from opensora.data.problems import Problem, Repeats, UnreadableError
-from opensora.data.validate_rows import clip_in_shard, decoded, files_of, latents, row_rules
+from opensora.data.validation.problems import Problem, Repeats, UnreadableError
+from opensora.data.validation.row_checks import clip_in_shard, decoded, files_of, latents, row_rules
 from opensora.manifest import (
     PART_NAME,
     Clip,
@@ -44,7 +44,7 @@ def validate(path: Path, deep: bool = False, list_format: str = "", videos: str 
             raise UnreadableError(str(error)) from error
         yield from _check_part(path, clips, step_of(path.parent), deep)
     else:
-        from opensora.data.validate_list import check_list
+        from opensora.data.validation.list_checks import check_list
 
         yield from check_list(path, list_format, videos)
 
