@@ -4,12 +4,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Generic, TypeVar
 from urllib.parse import urlparse
 
 from opensora.config import DATA_STEPS
+from opensora.data.repeats import key_number
 from opensora.manifest import GIVEN, Clip, Tally, count_rows, list_parts, read_part
 from opensora.progress import progress
 from opensora.step import REPORT, STORE, Report, StepError, read_report
@@ -25,13 +25,9 @@ FILES = (  # step, pattern, what it is
 )
 
 
-def rank(clip_id: str) -> int:
-    """64 bits that decide whether a row is in a sample."""
-    return int.from_bytes(blake2b(clip_id.encode(), digest_size=8).digest())
-
-
 class Sample(Generic[Item]):
-    """A uniform sample of at most `size` rows: those of lowest rank (bottom-k sampling, Cohen and Kaplan 2007).
+    """A uniform sample of at most `size` rows: those of lowest `key_number`, its rank (bottom-k
+    sampling, Cohen and Kaplan 2007).
 
     The order of the rows does not matter, and a row that is in one report's sample is likely in the next one's.
     """
@@ -129,7 +125,7 @@ class Survey:
     def add(self, clips: Iterable[Clip]) -> None:
         """Count more rows."""
         for clip in clips:
-            key = rank(clip.clip_id)
+            key = key_number(clip.clip_id)
             self.whole.add(clip)
             self.licences[clip.licence].add(clip)
             self.places[place(clip.source)].add(clip)

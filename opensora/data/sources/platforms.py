@@ -7,7 +7,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opensora.config import DownloadConfig
-from opensora.data.sources.fetch import DownloadError
+from opensora.data.sources.partial import DownloadError
+from opensora.data.sources.uri import WEB, scheme
 
 HOSTS = {"youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com"}
 # Pictures of 720 lines are enough for clips of 512; sound is not needed.
@@ -18,7 +19,7 @@ FULL = "No space left on device"
 def is_platform(url: str) -> bool:
     """Whether `url` is a page of a platform rather than a file."""
     host = (urlsplit(url).hostname or "").removeprefix("www.").removeprefix("m.")
-    return host in HOSTS
+    return scheme(url) in WEB and host in HOSTS
 
 
 def fetch_platform(url: str, target: Path, config: DownloadConfig) -> None:

@@ -8,21 +8,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opensora.config import nearest
-from opensora.data.sources.fetch import is_public
-from opensora.data.sources.listing import resolve, scheme
-from opensora.data.sources.lists import (
-    CAPTION_COLUMNS,
-    FORMS,
-    LICENCE_COLUMNS,
-    UNREADABLE,
-    URL_COLUMNS,
-    Item,
-    parse_row,
-    read_captions,
-    read_rows,
-    tell_form,
-)
-from opensora.data.validation.problems import SHA256, Problem, Repeats, UnreadableError
+from opensora.data.repeats import Repeats, key_number
+from opensora.data.sources.addresses import is_public
+from opensora.data.sources.forms import CAPTION_COLUMNS, FORMS, LICENCE_COLUMNS, URL_COLUMNS, parse_row, tell_form
+from opensora.data.sources.item import Item, read_captions
+from opensora.data.sources.listing import resolve
+from opensora.data.sources.lists import UNREADABLE, read_rows
+from opensora.data.sources.uri import WEB, scheme
+from opensora.data.validation.problems import SHA256, Problem, UnreadableError
 from opensora.step import StepError
 
 ALIKE = 0.8  # of two names, 0…1: one is the other mistyped
@@ -120,11 +113,11 @@ def _check_row(row: dict, path: Path, videos: str, seen: _Seen) -> Iterator[str]
         yield str(error)
         return
     for item in items:
-        item = resolve(item, videos or str(path), videos)
+        item = resolve(item, str(path), videos)
         seen.captions += any(span.caption for span in item.spans)
         for key in _keys(item):
             seen.repeats.add(key)
-        yield from _check_item(item)
+        yield from [item.reason] if item.reason else _check_item(item)
 
 
 def _keys(item: Item) -> list[str]:
@@ -171,7 +164,7 @@ def _check_place(url: str) -> Iterator[str]:
         return
     if not host:
         yield f"malformed URL {url!r}: it names no host"
-    elif kind in ("http", "https") and _is_private(host):
+    elif kind in WEB and _is_private(host):
         yield f"{host} is a private address, which is refused unless download.allow_private_hosts is set"
 
 
@@ -194,9 +187,9 @@ def _check_repeats(path: Path, videos: str, seen: _Seen) -> Iterator[Problem]:
             except ValueError:
                 continue
             for item in items:
-                item = resolve(item, videos or str(path), videos)
+                item = resolve(item, str(path), videos)
                 for key in _keys(item):
-                    if Repeats.number(key) not in repeated:
+                    if key_number(key) not in repeated:
                         continue
                     if key in first:
                         yield Problem(f"{path}:{line}", f"the same video and span as in line {first[key]}: {item.url}")

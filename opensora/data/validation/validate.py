@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opensora.config import DATA_STEPS
-from opensora.data.validation.problems import Problem, Repeats, UnreadableError
+from opensora.data.repeats import Repeats, key_number
+from opensora.data.validation.problems import Problem, UnreadableError
 from opensora.data.validation.row_checks import clip_in_shard, decoded, files_of, latents, row_rules
 from opensora.manifest import (
     PART_NAME,
@@ -148,7 +149,7 @@ def _check_repeats(parts: list[Path], repeated: set[int]) -> Iterator[Problem]:
         except ManifestError:
             continue
         for row, clip in enumerate(clips, start=1):
-            if clip.kept and Repeats.number(clip.clip_id) in repeated:
+            if clip.kept and key_number(clip.clip_id) in repeated:
                 where = _where(path, row, clip)
                 if clip.clip_id in first:
                     yield Problem(where, f"the same clip id as {first[clip.clip_id]}; ids must be unique")

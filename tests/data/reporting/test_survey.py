@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora.data.reporting.survey import Sample, place, rank, survey
+from opensora.data.repeats import key_number
+from opensora.data.reporting.survey import Sample, place, survey
 from opensora.step import StepError
 from tests.manifests import clip, finish
 
@@ -18,7 +19,7 @@ def test_a_sample_is_uniform_bounded_and_the_same_in_any_order() -> None:
     for order in (names, shuffled):
         sample: Sample[str] = Sample(500)
         for name in order:
-            sample.add(rank(name), name)
+            sample.add(key_number(name), name)
             assert len(sample._rows) <= 2 * sample.size + 1
         assert sample.seen == 5000
         samples.append(sample.items())
@@ -31,7 +32,7 @@ def test_a_sample_is_uniform_bounded_and_the_same_in_any_order() -> None:
 def test_a_small_set_is_its_own_sample() -> None:
     sample: Sample[int] = Sample(10)
     for number in range(7):
-        sample.add(rank(str(number)), number)
+        sample.add(key_number(str(number)), number)
     assert sorted(sample.items()) == list(range(7))
 
 

@@ -9,7 +9,10 @@ import pytest
 
 from opensora.config import DownloadConfig
 from opensora.data.sources import fetch as module
-from opensora.data.sources.fetch import DownloadError, fetch, is_public, public_url, without_secrets
+from opensora.data.sources.addresses import is_public
+from opensora.data.sources.fetch import fetch
+from opensora.data.sources.partial import DownloadError
+from opensora.data.sources.uri import public_url, without_secrets
 
 CONTENT = bytes(range(256)) * 4000
 CONFIG = DownloadConfig(allow_private_hosts=True, retries=2, timeout_s=5)
@@ -49,6 +52,8 @@ class Cutting(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.send_header("ETag", self.etag)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.end_headers()
         self.wfile.write(CONTENT[start : start + 300_000])
 
@@ -73,7 +78,7 @@ def test_a_cut_connection_goes_on_where_it_broke(server: str, tmp_path: Path) ->
     assert Cutting.requests[0] is None
     assert len(starts) >= 3  # more than the retries: a try that brings something costs none
     assert starts == sorted(set(starts))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.http.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.version.json"]
 
 
 def test_what_is_there_and_unchanged_is_not_brought_again(server: str, tmp_path: Path) -> None:
@@ -85,7 +90,7 @@ def test_what_is_there_and_unchanged_is_not_brought_again(server: str, tmp_path:
 
 def test_a_part_of_another_version_is_started_over(server: str, tmp_path: Path) -> None:
     (tmp_path / "x.part").write_bytes(b"old" * 1000)
-    (tmp_path / "x.part.http.json").write_text('{"etag": "\\"zero\\"", "modified": ""}')
+    (tmp_path / "x.part.version.json").write_text('{"etag": "\\"zero\\"", "modified": ""}')
     fetch(f"{server}/x", tmp_path / "x", CONFIG)
     assert (tmp_path / "x").read_bytes() == CONTENT
 

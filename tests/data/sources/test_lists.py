@@ -8,12 +8,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from opensora.config import DownloadConfig
+from opensora.data.sources.forms import seconds
+from opensora.data.sources.item import Item
 from opensora.data.sources.listing import resolve
-from opensora.data.sources.lists import Item, read_list, seconds
+from opensora.data.sources.lists import read_list as iterate_list
 from opensora.manifest import WHOLE_VIDEO_S, Span
 from opensora.step import StepError
 
 WHOLE = WHOLE_VIDEO_S
+
+
+def read_list(path: Path, list_format: str = "") -> list[Item]:
+    return list(iterate_list(path, list_format))
 
 
 def write(path: Path, text: str) -> Path:
@@ -37,9 +43,10 @@ def test_our_own_columns_in_every_form(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_of_one_video_are_merged(tmp_path: Path) -> None:
-    path = write(tmp_path / "l.csv", "url,start_s,end_s,caption\na,0,1,x\nb,0,1,\na,1,0:00:02.5,y\na,0,1,x\n")
-    assert read_list(path) == [Item("a", spans=(Span(0, 1, "x"), Span(1, 2.5, "y"))), Item("b", spans=(Span(0, 1),))]
+def test_every_row_is_an_item(tmp_path: Path) -> None:
+    path = write(tmp_path / "l.csv", "url,start_s,end_s,caption\na,0,1,x\nb,0,1,\na,1,0:00:02.5,y\n")
+    spans = (Span(0, 1, "x"),), (Span(0, 1),), (Span(1, 2.5, "y"),)
+    assert read_list(path) == [Item(url, spans=given) for url, given in zip("aba", spans, strict=True)]
 
 
 def test_panda_70m(tmp_path: Path) -> None:

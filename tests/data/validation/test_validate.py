@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from opensora.data.repeats import Repeats, key_number
 from opensora.data.shards import latent_names, text_key, write_tensors
-from opensora.data.validation.problems import Repeats, UnreadableError
+from opensora.data.validation.problems import UnreadableError
 from opensora.data.validation.validate import validate
 from opensora.manifest import GIVEN, Clip, list_parts, part_name, read_part, write_part
 from opensora.step import read_report, write_json
@@ -266,7 +267,7 @@ def test_repeats_among_many_keys() -> None:
     assert repeats.find() == set()
     for number in (7, 99_999, 7):
         repeats.add(str(number))
-    assert repeats.find() == {Repeats.number("7"), Repeats.number("99999")}
+    assert repeats.find() == {key_number("7"), key_number("99999")}
     assert Repeats().find() == set()
 
 

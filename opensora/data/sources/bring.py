@@ -1,0 +1,27 @@
+"""Bring one file to its place, from wherever its URL says."""
+
+from pathlib import Path
+
+from opensora.config import DownloadConfig
+from opensora.data.sources.buckets import bring_object
+from opensora.data.sources.fetch import fetch
+from opensora.data.sources.hub import bring_from_hub
+from opensora.data.sources.platforms import fetch_platform, is_platform
+from opensora.data.sources.uri import HUB, WEB, scheme
+
+
+def bring(url: str, target: Path, config: DownloadConfig) -> None:
+    """Bring `url` to `target`, whole or not at all; what a stopped run brought of it is gone on with.
+
+    Raises:
+        DownloadError: the recorded reason.
+        OSError: the disk is full.
+    """
+    if is_platform(url):
+        fetch_platform(url, target, config)
+    elif scheme(url) in WEB:
+        fetch(url, target, config)
+    elif scheme(url) == HUB:
+        bring_from_hub(url, target, config)
+    else:
+        bring_object(url, target, config)
