@@ -120,10 +120,10 @@ def _list(config: DownloadConfig, source: str, store: Path, folder: Path) -> Wor
     return work_list
 
 
-def _identity(item: Item) -> object:
+def _identity(item: Item) -> str:
     """What of an item decides what is brought: what its list says, and the state of the files that it names."""
     stable = replace(item, url=stable_url(item.url), captions=stable_url(item.captions))
-    return asdict(stable), _state(item.url), _state(item.captions)
+    return f"{stable.to_json()} {_state(item.url)} {_state(item.captions)}"
 
 
 def _state(url: str) -> tuple[int, int] | None:

@@ -120,11 +120,11 @@ def unpack(archive: Path, name: str, store: Path, config: DownloadConfig) -> Ite
     except _LimitError as error:
         yield Item(name, reason=f"too large: the archive was left where {error}")
     except DAMAGED as error:
-        yield Item(name, reason=f"damaged: the archive cannot be read beyond its first {len(videos)} videos: {error}")
+        yield Item(name, reason=f"damaged: unreadable after {len(videos)} of its videos: {error}")
     except OSError as error:  # gzip and bz2 say with it what they cannot read
         if error.errno is not None:
             raise
-        yield Item(name, reason=f"damaged: the archive cannot be read beyond its first {len(videos)} videos: {error}")
+        yield Item(name, reason=f"damaged: unreadable after {len(videos)} of its videos: {error}")
     for where, target in videos:  # a side-car may stand behind its video
         yield Item(str(target.absolute()), captions=side_car(target), source=where)
 

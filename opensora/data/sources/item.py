@@ -23,6 +23,16 @@ class Item:
     source: str = ""  # what the manifest names as its source, where that is not the URL: "videos.zip!a.mp4"
     reason: str = ""  # why it cannot be brought, known from the list alone
 
+    def to_json(self) -> str:
+        """One line; letters stay as they are, so that one that UTF-8 does not have fails where the line is written."""
+        return json.dumps(vars(self) | {"spans": [vars(span) for span in self.spans]}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Item":
+        """The item of `to_json`."""
+        values = json.loads(line)
+        return cls(**values | {"spans": tuple(Span(**span) for span in values["spans"])})
+
 
 def read_captions(path: Path) -> tuple[Span, ...]:
     """The spans of a file of captions that lies beside a video.

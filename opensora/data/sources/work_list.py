@@ -1,16 +1,14 @@
 """The work list of `download`: every video once, with all its spans, in a file a shard; nothing stays in memory."""
 
-import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
 from opensora.data.sources.item import Item
-from opensora.manifest import Span
 
 # Rows in the order of the list; a video that has several rows stands where it came first, with the others behind it.
 GATHER = """
@@ -38,15 +36,15 @@ def write_work_list(
 
     Args:
         shard_videos: videos a shard.
-        identity: what of an item, as JSON, decides what is brought.
+        identity: what of an item, as text, decides what is brought.
     """
     digest, videos, shards = sha256(), 0, 0
     scratch = folder / "rows.sqlite"
     for shards, batch in enumerate(_batches(_gathered(items, scratch), shard_videos), 1):
         with items_file(folder, shards - 1).open("w", encoding="utf-8") as handle:
             for item in batch:
-                handle.write(json.dumps(asdict(item)) + "\n")
-                digest.update(json.dumps(identity(item), sort_keys=True).encode())
+                handle.write(item.to_json() + "\n")
+                digest.update(identity(item).encode() + b"\n")
         videos += len(batch)
     scratch.unlink()
     return WorkList(videos, shards, digest.hexdigest())
@@ -60,12 +58,7 @@ def items_file(folder: Path, shard: int) -> Path:
 def read_items(path: Path) -> list[Item]:
     """The items of one shard."""
     with path.open(encoding="utf-8") as handle:
-        return [_item(line) for line in handle]
-
-
-def _item(line: str) -> Item:
-    values = json.loads(line)
-    return Item(**values | {"spans": tuple(Span(**span) for span in values["spans"])})
+        return [Item.from_json(line) for line in handle]
 
 
 def _gathered(items: Iterable[Item], scratch: Path) -> Iterator[Item]:
@@ -79,15 +72,16 @@ def _gathered(items: Iterable[Item], scratch: Path) -> Iterator[Item]:
         base.execute("CREATE INDEX by_key ON row (key, number)")
         base.execute("COMMIT")
         for _, rows in groupby(base.execute(GATHER), key=itemgetter(0)):
-            yield _merge([_item(text) for _, text in rows])
+            yield _merge([Item.from_json(text) for _, text in rows])
     finally:
         base.close()
 
 
 def _row(item: Item) -> tuple[bytes, str]:
-    text = json.dumps(asdict(item), ensure_ascii=False)
+    text = item.to_json()
     try:
-        return blake2b(item.url.encode(), digest_size=16).digest(), text.encode().decode()
+        text.encode()
+        return blake2b(item.url.encode(), digest_size=16).digest(), text
     except UnicodeEncodeError:  # a name on disk or in a tar may be any bytes; a manifest holds text
         shown = item.url.encode(errors="backslashreplace").decode()
         return _row(Item(shown, reason="refused: its name or its row of the list is not UTF-8"))
@@ -95,6 +89,8 @@ def _row(item: Item) -> tuple[bytes, str]:
 
 def _merge(items: list[Item]) -> Item:
     """Items of one URL as one: the first says all but the spans, of which each counts once."""
+    if len(items) == 1:
+        return items[0]
     return replace(items[0], spans=tuple(dict.fromkeys(span for item in items for span in item.spans)))
 
 
