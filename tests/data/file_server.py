@@ -15,7 +15,7 @@ class Asked:
     """One request and what it was answered."""
 
     path: str
-    headers: dict[str, str]
+    headers: dict[str, str]  # by lower-case name
     status: int = 0
     sent: int = 0  # bytes of the body
 
@@ -51,7 +51,7 @@ def file_server() -> Iterator[FileServer]:
 
         def do_GET(self) -> None:
             path = unquote(self.path)
-            asked = Asked(path, dict(self.headers))
+            asked = Asked(path, {name.lower(): value for name, value in self.headers.items()})
             state.log.append(asked)
             if path in state.redirects:
                 self.answer(asked, 302, {"Location": state.redirects[path]})
