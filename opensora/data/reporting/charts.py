@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opensora.data.reporting.page import number, table, text
+from opensora.data.reporting.markup import number, table
+from opensora.page import text
 
 WIDTH, HEIGHT, FOOT = 320, 110, 34  # pixels of a histogram; the foot holds its axis
 BINS = 32

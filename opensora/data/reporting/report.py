@@ -11,10 +11,11 @@ import numpy as np
 
 from opensora.config import ScoreConfig
 from opensora.data.reporting.charts import Limit, histogram
-from opensora.data.reporting.page import bar, key, length, number, share, size, table, text, write_page
+from opensora.data.reporting.markup import STYLE, bar, key, length, number, share, size, table
 from opensora.data.reporting.survey import GENERATED_WORDS, GIVEN_WORDS, Count, Survey, list_files, survey
 from opensora.data.reporting.thumbnails import make_strips
 from opensora.manifest import GIVEN, Clip
+from opensora.page import text, write_page
 
 KEPT_SHOWN, DROPPED_SHOWN = 12, 6  # clips with pictures: of the kept, and of each reason
 LINES = 12  # rows of a table, the rest is summed
@@ -78,7 +79,7 @@ def write_report(path: Path, base: Path, config: ScoreConfig, workers: int = 1) 
     links = "".join(f"<a href='#{_anchor(title)}'>{title}</a>" for title in parts if title)
     body = parts.pop("") + f"<nav>{links}</nav>"
     body += "".join(f"<section><h2 id='{_anchor(title)}'>{title}</h2>{part}</section>" for title, part in parts.items())
-    write_page(path, f"Data report · {base.name}", body)
+    write_page(path, f"Data report · {base.name}", body, STYLE)
     return Written(path, _summary(facts))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opensora.config import DownloadConfig
-from opensora.data.sources.partial import DownloadError
+from opensora.data.sources.partial import DownloadError, check_size
 from opensora.data.sources.uri import WEB, scheme
 
 HOSTS = {"youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com"}
@@ -51,6 +51,7 @@ def fetch_platform(url: str, target: Path, config: DownloadConfig) -> None:
     if done.returncode or not files:
         said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1].removeprefix("ERROR: ")
         raise DownloadError(f"dead link: {said}")
+    check_size(files[0].stat().st_size, config)  # yt-dlp's own limit knows nothing of streams in pieces
     files[0].replace(target)
     for path in folder.iterdir():
         path.unlink()

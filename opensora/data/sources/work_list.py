@@ -1,5 +1,6 @@
 """The work list of `download`: every video once, with all its spans, in a file a shard; nothing stays in memory."""
 
+import errno
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ class WorkList:
 
 
 def write_work_list(
-    items: Iterable[Item], folder: Path, shard_videos: int, identity: Callable[[Item], object]
+    items: Iterable[Item], folder: Path, shard_videos: int, identity: Callable[[Item], str]
 ) -> WorkList:
     """Write the files of all shards into the empty `folder`. Items of one URL become one, with the spans of all.
 
@@ -73,6 +74,10 @@ def _gathered(items: Iterable[Item], scratch: Path) -> Iterator[Item]:
         base.execute("COMMIT")
         for _, rows in groupby(base.execute(GATHER), key=itemgetter(0)):
             yield _merge([Item.from_json(text) for _, text in rows])
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise OSError(errno.ENOSPC, f"no space for the list of videos beside {scratch}") from error
+        raise
     finally:
         base.close()
 

@@ -1,14 +1,13 @@
-"""An HTML page that stands alone, without a script: its style, tables, bars, and numbers as words."""
+"""Fragments of the report's page: its style, tables, bars, and numbers as words."""
 
-import html
 import math
 from collections.abc import Sequence
-from pathlib import Path
+
+from opensora.page import text
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --kept: #3b82f6; --dropped: #e0851b; --bad: #c0392b; }
+:root { --soft: #8881; --kept: #3b82f6; --dropped: #e0851b; }
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; } p { margin: .4rem 0; max-width: 46rem; }
 small, .quiet { opacity: .75; } nav { margin: .8rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
@@ -17,11 +16,10 @@ a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--li
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
 .tile { background: var(--soft); border-radius: 10px; padding: .7rem 1rem; }
 .tile b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-td, th { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+.scroll { overflow-x: auto; } table { width: 100%; }
+td, th { padding: .3rem .7rem .3rem 0; vertical-align: top; }
 th { font-weight: 600; font-size: .85rem; opacity: .75; white-space: nowrap; }
 td { overflow-wrap: break-word; max-width: 34rem; } td.n { white-space: nowrap; }
-.n { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { display: flex; width: min(11rem, 20vw); height: .8rem; margin-top: .35rem; border-radius: 3px; overflow: hidden;
 background: var(--soft); } .bar i { min-width: 1px; }
 i.kept, .key .kept { background: var(--kept); } i.dropped, .key .dropped { background: var(--dropped); }
@@ -49,30 +47,12 @@ nav, details { display: none !important; } * { print-color-adjust: exact; }
 .chart, .tile, tr { break-inside: avoid; } h2, h3, .key { break-after: avoid; }
 .charts { grid-template-columns: repeat(3, 1fr); } .clips, .two { grid-template-columns: repeat(2, 1fr); } }
 """
-HEAD = (
-    "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    # Captions and addresses are foreign: whatever they hold, the page loads nothing and runs nothing.
-    "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-)
 KEY = "<p class=key><small><i class=kept></i>{} <i class=dropped></i>{}</small></p>"
-
-
-def write_page(path: Path, title: str, body: str) -> None:
-    """Write a page of HTML fragments; a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(f"{HEAD}<title>{text(title)}</title><style>{STYLE}</style><body>{body}</body></html>", "utf-8")
-    part.replace(path)
 
 
 def key(first: str = "kept", second: str = "dropped") -> str:
     """What the two colours of bars and histograms mean."""
     return KEY.format(text(first), text(second))
-
-
-def text(value: object) -> str:
-    """`value` escaped, for any place in the page."""
-    return html.escape(str(value), quote=True)
 
 
 def number(value: float) -> str:
