@@ -19,7 +19,6 @@ from opensora.config import DownloadConfig, ExecutorConfig
 from opensora.data.download import run
 from opensora.manifest import Clip, Span, manifest_hash, read_manifest
 from opensora.step import StepError
-from tests.s3 import s3_server
 from tests.shared import shared
 
 EXECUTOR = ExecutorConfig(kind="sequential")
@@ -232,23 +231,6 @@ def test_archives_are_unpacked_and_nothing_leaves_them(tmp_path: Path, kind: str
     assert report.dropped == {"refused": 2 if kind == "zip" else 3}
     assert not (tmp_path / "outside.mp4").exists()
     assert not Path("/absolute.mp4").exists()
-
-
-def test_buckets_are_read_by_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import boto3
-
-    side_car = b'[{"start_s": 0, "end_s": 1, "caption": "dots"}]'
-    with s3_server(monkeypatch) as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="films")
-        client.upload_file(str(video(tmp_path / "a.mp4")), "films", "raw/a b.mp4")
-        client.put_object(Bucket="films", Key="raw/a b.captions.json", Body=side_car)
-        client.put_object(Bucket="films", Key="raw/readme.txt", Body=b"no video")
-        assert run(LOCAL, "s3://films/raw", tmp_path / "download", EXECUTOR).kept == 1
-    (row,) = read_manifest(tmp_path / "download")
-    assert row.source == "s3://films/raw/a b.mp4"
-    assert row.spans == (Span(0.0, 1.0, "dots"),)
 
 
 def test_pages_of_platforms_are_brought_by_yt_dlp(

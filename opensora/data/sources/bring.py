@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from opensora.config import DownloadConfig
-from opensora.data.sources.buckets import bring_object
 from opensora.data.sources.fetch import fetch
 from opensora.data.sources.hub import bring_from_hub
+from opensora.data.sources.object_store import bring_object
 from opensora.data.sources.platforms import fetch_platform, is_platform
 from opensora.data.sources.uri import HUB, WEB, scheme
 

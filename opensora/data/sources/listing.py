@@ -10,13 +10,13 @@ from opensora.config import DownloadConfig
 from opensora.data.sources.archives import SUFFIXES as ARCHIVES
 from opensora.data.sources.archives import unpack
 from opensora.data.sources.bring import bring
-from opensora.data.sources.buckets import list_bucket
 from opensora.data.sources.folders import list_folder
 from opensora.data.sources.forms import YOUTUBE
 from opensora.data.sources.hub import list_data_set
 from opensora.data.sources.item import VIDEOS, Item
 from opensora.data.sources.lists import SUFFIXES as LISTS
 from opensora.data.sources.lists import read_list
+from opensora.data.sources.object_store import list_bucket
 from opensora.data.sources.partial import DownloadError
 from opensora.data.sources.uri import HUB, LISTED, WEB, join, public_url, scheme, stable_url
 from opensora.manifest import WHOLE_VIDEO_S, Span

@@ -153,7 +153,7 @@ def _check_place(url: str) -> Iterator[str]:
         if not Path(url).is_file():
             yield f"no file at {url}"
         return
-    if any(letter.isspace() or not letter.isprintable() for letter in url):
+    if kind in WEB and any(letter.isspace() or not letter.isprintable() for letter in url):
         yield f"malformed URL {url!r}: it holds a space or an unprintable letter"
         return
     try:

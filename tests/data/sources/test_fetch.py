@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,10 +24,16 @@ class Cutting(BaseHTTPRequestHandler):
     ranges = True
     etag = '"one"'
     busy = 0  # answers of 429 before the first of 200
+    shift = 0  # bytes by which a range starts too early
+    closing = threading.Event()
+    drop = 1  # bytes that drip at once
 
     def do_GET(self) -> None:
         if self.path == "/missing":
             self.send_error(404)
+            return
+        if self.path == "/drip":
+            self.drip()
             return
         wanted = self.headers.get("Range")
         self.requests.append(wanted)
@@ -46,9 +53,17 @@ class Cutting(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.send_header("ETag", self.etag)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+            self.send_header("Content-Range", f"bytes {start - self.shift}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.end_headers()
         self.wfile.write(CONTENT[start : start + 300_000])
+
+    def drip(self) -> None:
+        """A byte now and then, without end and without saying how many: none of the pauses is a timeout."""
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while not Cutting.closing.wait(0.02):
+                self.wfile.write(b"x" * Cutting.drop)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -57,10 +72,12 @@ class Cutting(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(module, "BACK_OFF_S", 0.0)
-    Cutting.requests, Cutting.ranges, Cutting.etag, Cutting.busy = [], True, '"one"', 0
+    Cutting.requests, Cutting.ranges, Cutting.etag, Cutting.busy, Cutting.shift = [], True, '"one"', 0, 0
+    Cutting.closing.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Cutting)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
+    Cutting.closing.set()
     server.shutdown()
 
 
@@ -106,3 +123,25 @@ def test_a_dead_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "BACK_OFF_S", 0.0)
     with pytest.raises(DownloadError, match="download failed"):
         fetch("http://127.0.0.1:9/x", tmp_path / "x", CONFIG)
+
+
+def test_a_server_that_drips_does_not_outlast_the_limit(server: str, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=r"^download failed: not done after 1 s"):
+        fetch(f"{server}/drip", tmp_path / "x", CONFIG.model_copy(update={"file_timeout_s": 1.0}))
+    assert (tmp_path / "x.part").stat().st_size < 10_000
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_without_end_is_left_at_the_limit(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cutting, "drop", 200_000)
+    with pytest.raises(DownloadError, match=r"^too large: more than 1 MiB"):
+        fetch(f"{server}/drip", tmp_path / "x", CONFIG.model_copy(update={"max_mib": 1}))
+    assert (tmp_path / "x.part").stat().st_size < (1 << 20) + 400_000
+
+
+def test_bytes_of_another_place_are_not_taken(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers with another range than the one asked for: start over, and never mix."""
+    monkeypatch.setattr(Cutting, "shift", 7)
+    with pytest.raises(DownloadError, match=r"sent bytes 299993-.* for the bytes from 300000; starting over"):
+        fetch(f"{server}/x", tmp_path / "x", CONFIG.model_copy(update={"retries": 1}))
+    assert not (tmp_path / "x").exists()

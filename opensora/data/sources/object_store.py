@@ -15,7 +15,9 @@ VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modi
 
 
 def list_bucket(source: str) -> Iterator[Item]:
-    """The videos below a folder of a bucket, in the order of their names, with side-car captions where there are any.
+    """The videos below a folder of a bucket, by name, with side-car captions where there are any.
+
+    All names are in memory at once, some 100 bytes each; for more than that allows, give a list.
 
     Raises:
         StepError: it cannot be listed.
