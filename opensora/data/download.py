@@ -154,9 +154,10 @@ def download_shard(task: Task) -> None:
     for _ in rows:
         advance()
     hosts = {urlsplit(item.url).netloc: threading.Semaphore(task.config.connections_per_host) for item in items}
-    pool = ThreadPoolExecutor(task.config.connections)
+    pool, stopped = ThreadPoolExecutor(task.config.connections), threading.Event()
     try:
-        started = [pool.submit(_row, item, task, hosts) for item in items if stable_url(item.url) not in rows]
+        left = [item for item in items if stable_url(item.url) not in rows]
+        started = [pool.submit(_row, item, task, hosts, stopped) for item in left]
         with journal.open("a") as handle:
             for done in as_completed(started):
                 url, clip = done.result()
@@ -165,6 +166,7 @@ def download_shard(task: Task) -> None:
                 rows[url] = clip
                 advance()
     finally:
+        stopped.set()  # Ctrl-C or a full disk: nobody waits for the others
         pool.shutdown(wait=False, cancel_futures=True)
     write_part(task.part, [_probed(rows[stable_url(item.url)], task.base) for item in items])
     journal.unlink()
@@ -183,7 +185,7 @@ def _read_journal(path: Path) -> dict[str, Clip]:
     return rows
 
 
-def _row(item: Item, task: Task, hosts: dict[str, threading.Semaphore]) -> tuple[str, Clip]:
+def _row(item: Item, task: Task, hosts: dict[str, threading.Semaphore], stopped: threading.Event) -> tuple[str, Clip]:
     """(stable URL, row) of a video, brought or with the reason why not."""
     url = stable_url(item.url)
     identity = sha256(url.encode()).hexdigest()
@@ -192,13 +194,13 @@ def _row(item: Item, task: Task, hosts: dict[str, threading.Semaphore]) -> tuple
         if item.reason:
             raise DownloadError(item.reason)
         with hosts[urlsplit(item.url).netloc]:
-            clip = _brought(item, clip, task, identity)
+            clip = _brought(item, clip, task, identity, stopped)
     except DownloadError as error:
         clip = replace(clip, path="", kept=False, reason=without_secrets(str(error), item.url))
     return url, clip
 
 
-def _brought(item: Item, clip: Clip, task: Task, identity: str) -> Clip:
+def _brought(item: Item, clip: Clip, task: Task, identity: str, stopped: threading.Event) -> Clip:
     """The row of a video that is here now.
 
     Raises:
@@ -209,7 +211,7 @@ def _brought(item: Item, clip: Clip, task: Task, identity: str) -> Clip:
     if local and not path.is_file():
         raise DownloadError(f"missing: no file at {item.url}")
     if not local and not (item.sha256 and path.is_file() and hash_file(path) == item.sha256):
-        bring(item.url, path, task.config)
+        bring(item.url, path, task.config, stopped)
     digest = hash_file(path)
     if item.sha256 and digest != item.sha256:
         raise DownloadError(f"wrong content: sha256 is {digest[:12]}…, the list says {item.sha256[:12]}…")

@@ -26,7 +26,7 @@ class FileServer:
 
     files: dict[str, bytes] = field(default_factory=dict)  # by path, as in "/a.mp4"
     redirects: dict[str, str] = field(default_factory=dict)  # path to location
-    hold: dict[str, int] = field(default_factory=dict)  # after so many bytes it waits for `go_on`
+    hold: dict[str, int] = field(default_factory=dict)  # at this byte of the file it waits for `go_on`
     go_on: threading.Event = field(default_factory=threading.Event)
     log: list[Asked] = field(default_factory=list)
     url: str = ""
@@ -76,9 +76,9 @@ def file_server() -> Iterator[FileServer]:
             head = {"ETag": tag, "Accept-Ranges": "bytes"}
             if start:
                 head["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            self.answer(asked, 206 if start else 200, head, data[start:])
+            self.answer(asked, 206 if start else 200, head, data[start:], start)
 
-        def answer(self, asked: Asked, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        def answer(self, asked: Asked, status: int, headers: dict[str, str], body: bytes = b"", start: int = 0) -> None:
             asked.status = status
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(body))}).items():
@@ -86,7 +86,7 @@ def file_server() -> Iterator[FileServer]:
             self.end_headers()
             if self.command == "HEAD":
                 return
-            stop = state.hold.get(asked.path, len(body))
+            stop = max(0, state.hold.get(asked.path, start + len(body)) - start)
             try:
                 self.wfile.write(body[:stop])
                 self.wfile.flush()

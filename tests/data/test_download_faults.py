@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,19 @@ def wait_for(happened: Callable[[], bool], process: "subprocess.Popen[bytes]") -
         time.sleep(0.02)
 
 
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+
+
 PROGRAM = """
-import sys
+import signal, sys
 from pathlib import Path
 from opensora.config import DownloadConfig, ExecutorConfig
 from opensora.data.download import run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 config = DownloadConfig.model_validate_json(sys.argv[1])
 run(config, sys.argv[2], Path(sys.argv[3]), ExecutorConfig(kind="sequential"))
 """
@@ -87,8 +95,7 @@ def test_a_killed_download_goes_on_with_the_byte_that_it_had_not(server: FileSer
 
         wait_for(in_the_middle, process)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
+        kill(process)
     (part,) = store.glob("*-d.mp4.part")
     have = part.stat().st_size
     assert 0 < have <= held
@@ -108,6 +115,28 @@ def test_a_killed_download_goes_on_with_the_byte_that_it_had_not(server: FileSer
     assert not list(store.glob("*.part"))
     run(CONFIG, f"{server.url}/list.csv", tmp_path / "undisturbed" / "download", EXECUTOR)
     assert manifest_hash(output) == manifest_hash(tmp_path / "undisturbed" / "download")
+
+
+def test_ctrl_c_does_not_wait_for_downloads(server: FileServer, tmp_path: Path) -> None:
+    """Two are under way, of a server that is silent: with its thousand tries a run that waited would not end."""
+    for name in ("/a.mp4", "/b.mp4"):
+        server.files[name] = bytes(400_000)
+        server.hold[name] = 300_000
+    server.files["/list.csv"] = b"url\na.mp4\nb.mp4\n"
+    config = CONFIG.model_copy(update={"retries": 1000, "timeout_s": 3.0, "connections": 2})
+    output = tmp_path / "download"
+    command = [sys.executable, "-c", PROGRAM, config.model_dump_json(), f"{server.url}/list.csv", str(output)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        parts = tmp_path / "videos"
+        wait_for(lambda: len([p for p in parts.glob("*.part") if p.stat().st_size > 200_000]) == 2, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) != 0
+    finally:
+        kill(process)
+    assert len(list(parts.glob("*.part"))) == 2
+    assert not output.exists()
 
 
 def test_a_source_that_changes_while_it_is_away_is_not_mixed(server: FileServer, tmp_path: Path) -> None:

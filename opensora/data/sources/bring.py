@@ -1,5 +1,6 @@
 """Bring one file to its place, from wherever its URL says."""
 
+import threading
 from pathlib import Path
 
 from opensora.config import DownloadConfig
@@ -10,8 +11,11 @@ from opensora.data.sources.platforms import fetch_platform, is_platform
 from opensora.data.sources.uri import HUB, WEB, scheme
 
 
-def bring(url: str, target: Path, config: DownloadConfig) -> None:
+def bring(url: str, target: Path, config: DownloadConfig, stopped: threading.Event | None = None) -> None:
     """Bring `url` to `target`, whole or not at all; what a stopped run brought of it is gone on with.
+
+    Args:
+        stopped: set by another thread to end this one early.
 
     Raises:
         DownloadError: the recorded reason.
@@ -20,8 +24,8 @@ def bring(url: str, target: Path, config: DownloadConfig) -> None:
     if is_platform(url):
         fetch_platform(url, target, config)
     elif scheme(url) in WEB:
-        fetch(url, target, config)
+        fetch(url, target, config, stopped)
     elif scheme(url) == HUB:
-        bring_from_hub(url, target, config)
+        bring_from_hub(url, target, config, stopped)
     else:
-        bring_object(url, target, config)
+        bring_object(url, target, config, stopped)

@@ -3,6 +3,7 @@
 import errno
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,13 +30,20 @@ class _Again(Exception):
         self.wait_s = wait_s
 
 
-def fetch(url: str, target: Path, config: DownloadConfig, headers: Mapping[str, str] | None = None) -> bool:
+def fetch(
+    url: str,
+    target: Path,
+    config: DownloadConfig,
+    stopped: threading.Event | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> bool:
     """Bring `url` to `target`; a file that is there is asked for anew only if it changed. Says whether it was brought.
 
     A cut connection is taken up where it broke (`.part`, Range, If-Range; RFC 9110), if the server can. A try that
     brings nothing new counts against `config.retries`; all of them together have `config.file_timeout_s`.
 
     Args:
+        stopped: set by another thread to end this one early, with what is here left for the next run.
         headers: more of them, such as Authorization, which a redirect to another host does not get.
 
     Raises:
@@ -45,7 +53,7 @@ def fetch(url: str, target: Path, config: DownloadConfig, headers: Mapping[str, 
     from urllib3.exceptions import HTTPError
 
     deadline = time.monotonic() + config.file_timeout_s
-    file = Partial(target)
+    file = Partial(target, stopped)
     tries, most = 0, -1
     while True:
         try:
@@ -59,9 +67,9 @@ def fetch(url: str, target: Path, config: DownloadConfig, headers: Mapping[str, 
             most = max(most, file.size)
             wait = min(MAX_BACK_OFF_S, BACK_OFF_S * 2**tries) * random.uniform(0.5, 1.0)
             wait = max(wait, error.wait_s if isinstance(error, _Again) else 0.0)
-            if tries > config.retries or time.monotonic() + wait > deadline:
+            late = time.monotonic() + wait > deadline
+            if tries > config.retries or late or file.stopped.wait(wait):
                 raise DownloadError(f"download failed: {without_secrets(str(error), url)}") from None
-            time.sleep(wait)
 
 
 def _try(url: str, file: Partial, config: DownloadConfig, headers: Mapping[str, str], deadline: float) -> bool:

@@ -1,5 +1,6 @@
 """Videos of a data set of the Hugging Face hub: listed by its own client, brought like any other file over HTTP."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -42,7 +43,7 @@ def list_data_set(source: str) -> Iterator[Item]:
             yield Item(f"{base}/{path}", files[path], captions=f"{base}/{side}" if side in files else "")
 
 
-def bring_from_hub(url: str, target: Path, config: DownloadConfig) -> None:
+def bring_from_hub(url: str, target: Path, config: DownloadConfig, stopped: threading.Event | None = None) -> None:
     """Bring `hf://datasets/owner/name@revision/path` to `target`; see `fetch`.
 
     Raises:
@@ -59,7 +60,7 @@ def bring_from_hub(url: str, target: Path, config: DownloadConfig) -> None:
         raise DownloadError("download failed: HF_HUB_OFFLINE is set, and a hub was to be asked")
     token = get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    fetch(hf_hub_url(name, path, repo_type="dataset", revision=revision or None), target, config, headers)
+    fetch(hf_hub_url(name, path, repo_type="dataset", revision=revision or None), target, config, stopped, headers)
 
 
 def _parse(uri: str) -> tuple[str, str, str]:

@@ -1,6 +1,7 @@
 """Videos in object stores, by fsspec: listed below a folder, and brought with what a stopped run left."""
 
 import errno
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -39,7 +40,7 @@ def list_bucket(source: str) -> Iterator[Item]:
             yield Item(whole(name), captions=whole(side) if side in known else "")
 
 
-def bring_object(url: str, target: Path, config: DownloadConfig) -> None:
+def bring_object(url: str, target: Path, config: DownloadConfig, stopped: threading.Event | None = None) -> None:
     """Bring one object to `target`, whole or not at all; one that is here and did not change is not read again.
 
     Raises:
@@ -49,7 +50,7 @@ def bring_object(url: str, target: Path, config: DownloadConfig) -> None:
     import fsspec
 
     deadline = time.monotonic() + config.file_timeout_s
-    file = Partial(target)
+    file = Partial(target, stopped)
     try:
         system, path = fsspec.core.url_to_fs(url)
         about = system.info(path)

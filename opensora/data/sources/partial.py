@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -40,8 +41,9 @@ class Version:
 class Partial:
     """The file `target` while it is brought: `target.part`, with which a run goes on where a stopped one left it."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, stopped: threading.Event | None = None) -> None:
         self.target = target
+        self.stopped = stopped or threading.Event()  # set by another thread to end this one early
         self.part = target.with_name(target.name + ".part")
         self._begun = self.part.with_name(self.part.name + VERSION)
         self._done = target.with_name(target.name + VERSION)
@@ -74,13 +76,16 @@ class Partial:
         """Add bytes and sync them.
 
         Raises:
-            DownloadError: it is larger than `download.max_mib`, or `deadline` (of `time.monotonic`) has passed.
+            DownloadError: it is larger than `download.max_mib`, `deadline` (of `time.monotonic`) has passed, or it was
+            stopped.
         """
         with self.part.open("ab") as handle:
             for block in blocks:
                 handle.write(block)
                 if handle.tell() > config.max_mib * MIB:
                     raise DownloadError(f"too large: more than {config.max_mib} MiB")
+                if self.stopped.is_set():
+                    raise DownloadError("download failed: stopped")
                 if time.monotonic() > deadline:
                     raise DownloadError(f"download failed: not done after {config.file_timeout_s:g} s")
             handle.flush()

@@ -10,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from opensora.data.sources.item import Item
+from opensora.data.sources.uri import stable_url
 
 # Rows in the order of the list; a video that has several rows stands where it came first, with the others behind it.
 GATHER = """
@@ -86,7 +87,7 @@ def _row(item: Item) -> tuple[bytes, str]:
     text = item.to_json()
     try:
         text.encode()
-        return blake2b(item.url.encode(), digest_size=16).digest(), text
+        return blake2b(stable_url(item.url).encode(), digest_size=16).digest(), text
     except UnicodeEncodeError:  # a name on disk or in a tar may be any bytes; a manifest holds text
         shown = item.url.encode(errors="backslashreplace").decode()
         return _row(Item(shown, reason="refused: its name or its row of the list is not UTF-8"))
