@@ -5,13 +5,15 @@ import errno
 import gzip
 import lzma
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
@@ -24,6 +26,9 @@ from opensora.step import fingerprint
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_FILES = 1_000_000  # of an archive
 MAX_RATIO = 100  # of the bytes that come out to those of the archive; videos are compressed already, and come near 1
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip's member
+ENCRYPTED, SIZE_BEHIND, UTF8 = 1, 8, 0x800  # its flags
+ZIP64 = 0xFFFFFFFF  # a size that stands elsewhere
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
@@ -178,29 +183,68 @@ def _members(archive: Path, limit: _Limit) -> Iterator[_Member]:
 
 
 def _zip_members(archive: Path, limit: _Limit) -> Iterator[_Member]:
-    with zipfile.ZipFile(archive) as bundle:
+    with archive.open("rb") as handle:
+        try:
+            bundle = zipfile.ZipFile(handle)
+        except zipfile.BadZipFile as error:
+            yield from (_zip_member(info, partial(_open_here, handle, info), limit) for info in _scan_zip(handle))
+            raise zipfile.BadZipFile(f"the list of its members at its end is lost: {error}") from None
         for info in bundle.infolist():
-            if info.is_dir():
-                continue
-            if stat.S_ISLNK(info.external_attr >> 16):
-                yield _Member(info.filename, info.file_size, refused="a link")
-            elif info.flag_bits & 1:
-                yield _Member(info.filename, info.file_size, refused="encrypted")
-            else:
-                yield _Member(info.filename, info.file_size, _ZipContent(bundle, info, limit))
+            if not info.is_dir():
+                yield _zip_member(info, partial(bundle.open, info), limit)
+
+
+def _zip_member(info: zipfile.ZipInfo, open_member: Callable[[], _Readable], limit: _Limit) -> _Member:
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return _Member(info.filename, info.file_size, refused="a link")
+    if info.flag_bits & ENCRYPTED:
+        return _Member(info.filename, info.file_size, refused="encrypted")
+    return _Member(info.filename, info.file_size, _ZipContent(open_member, limit))
+
+
+def _scan_zip(handle: IO[bytes]) -> Iterator[zipfile.ZipInfo]:
+    """Members by the headers that stand before each (APPNOTE.TXT 4.3.7), up to one that does not say how long it is."""
+    place = 0
+    while True:
+        handle.seek(place)
+        head = handle.read(LOCAL_HEADER.size)
+        if len(head) < LOCAL_HEADER.size or not head.startswith(b"PK\3\4"):
+            return
+        _, _, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL_HEADER.unpack(head)
+        name = handle.read(name_length).decode("utf-8" if flags & UTF8 else "cp437", "replace")
+        place += LOCAL_HEADER.size + name_length + extra_length
+        if flags & SIZE_BEHIND or packed == ZIP64:
+            return
+        info = zipfile.ZipInfo(name)
+        info.flag_bits, info.compress_type, info.CRC, info.compress_size, info.file_size = (
+            flags,
+            method,
+            crc,
+            packed,
+            size,
+        )
+        info.header_offset = place  # here: of the content
+        if not info.is_dir():
+            yield info
+        place += packed
+
+
+def _open_here(handle: IO[bytes], info: zipfile.ZipInfo) -> _Readable:
+    handle.seek(info.header_offset)
+    return zipfile.ZipExtFile(handle, "r", info)
 
 
 class _ZipContent:
     """The content of a zip's member, opened when it is first read: a bad header is then that member's alone."""
 
-    def __init__(self, bundle: zipfile.ZipFile, info: zipfile.ZipInfo, limit: _Limit) -> None:
-        self.bundle, self.info, self.limit = bundle, info, limit
-        self.stream: IO[bytes] | None = None
+    def __init__(self, open_member: Callable[[], _Readable], limit: _Limit) -> None:
+        self.open_member, self.limit = open_member, limit
+        self.stream: _Readable | None = None
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes."""
         if self.stream is None:
-            self.stream = self.bundle.open(self.info)
+            self.stream = self.open_member()
         data = self.stream.read(size)
         self.limit.take(len(data))
         return data

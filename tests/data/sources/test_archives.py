@@ -189,12 +189,35 @@ def test_holes_are_refused(tmp_path: Path) -> None:
     assert reasons == {"hole.mp4": "refused: a sparse file"}
 
 
-def test_a_truncated_zip_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cut", "whole"), [(100, 3), (25_000, 2), (75_000, 1), (149_000, 0)])
+def test_a_truncated_zip_keeps_what_stands_before(tmp_path: Path, cut: int, whole: int) -> None:
     archive = make_zip(tmp_path / "x.zip", GOOD)
-    archive.write_bytes(archive.read_bytes()[:-100])
+    archive.write_bytes(archive.read_bytes()[:-cut])
     good, reasons = take(archive)
+    assert good == dict(list(GOOD.items())[:whole])
+    assert set(reasons) == {"X"}
+    assert reasons["X"].startswith(f"damaged: unreadable after {whole} of its videos: ")
+
+
+def test_a_truncated_zip_whose_members_do_not_say_their_size(tmp_path: Path) -> None:
+    """As one has that was written to a pipe."""
+    made = io.BytesIO()
+
+    class Pipe:
+        def write(self, data: bytes) -> int:
+            return made.write(data)
+
+        def flush(self) -> None:
+            pass
+
+    with zipfile.ZipFile(Pipe(), "w") as bundle:  # type: ignore[call-overload]
+        bundle.writestr("a.mp4", GOOD["a.mp4"])
+    (tmp_path / "x.zip").write_bytes(made.getvalue())
+    assert take(tmp_path / "x.zip") == ({"a.mp4": GOOD["a.mp4"]}, {})
+    (tmp_path / "x.zip").write_bytes(made.getvalue()[:-10])
+    good, reasons = take(tmp_path / "x.zip")
     assert good == {}
-    assert reasons["X"].startswith("damaged: ")
+    assert reasons["X"].startswith("damaged: unreadable after 0 of its videos: ")
 
 
 def test_a_flipped_bit_in_a_zip_costs_one_member(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ ROWS = {
     "http://169.254.169.254/latest": "169.254.169.254 is a private address",
     "http://localhost/a.mp4": "localhost is a private address",
     "https://store.internal/a.mp4": "store.internal is a private address",
+    "zip://a.mp4": "refused: zip:// is none of http, https",
     "none.mp4": "no file at",
     "": "names no video",
 }
