@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PROFILES = ("smoke", "demo", "single_gpu", "h800")
 DATA_STEPS = ("download", "split", "score", "caption", "encode")
 TRAIN_STEPS = ("train_image", "train_video", "train_highres")
+STRATEGIES = {"torch": ("ddp", "fsdp"), "colossalai": ("ddp", "zero1", "zero2", "gemini")}
 STEPS = (*DATA_STEPS, *TRAIN_STEPS, "evaluate", "promote")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -185,6 +186,16 @@ class ModelConfig(Section):
     caption_init_std: float | None = Field(0.02, description="null: xavier, which small models need")
 
 
+class BucketConfig(Section):
+    """A further shape of samples in a stage; every batch holds one shape."""
+
+    frames: Positive
+    height: Positive = Field(description="pixels")
+    width: Positive = Field(description="pixels")
+    batch_size: Positive = Field(description="samples a process")
+    frame_interval: Positive = Field(1, description="clip frames from one sampled frame to the next")
+
+
 class TrainConfig(Section):
     """One stage of training. Batch size and lr are those of one process and of the whole run."""
 
@@ -192,32 +203,68 @@ class TrainConfig(Section):
     frame_interval: Positive = Field(1, description="clip frames from one sampled frame to the next")
     height: Positive = Field(256, description="pixels")
     width: Positive = Field(256, description="pixels")
+    batch_size: Positive = Field(8, description="samples a process and micro-batch")
+    buckets: tuple[BucketConfig, ...] = Field((), description="further shapes, for clips that fit them better")
+    image_share: Share = Field(0.0, description="share of the steps on single frames (joint image-video training)")
+    image_batch_size: Positive = Field(8, description="single frames a process and micro-batch in those steps")
+    accumulate: Positive = Field(1, description="micro-batches a step, whose gradients are averaged")
     steps: Positive = Field(1000, description="optimizer steps")
-    batch_size: Positive = Field(8, description="samples a process")
     lr: PositiveFloat = Field(2e-5, description="peak learning rate")
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
     decay_share: Share = Field(0.0, description="last share of the steps, over which lr falls linearly to 0")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: PositiveFloat = Field(1.0, description="gradient norm limit")
     ema_decay: Share = Field(0.9999, description="a step")
+    trainable: Literal["all", "temporal", "no_text"] = Field(
+        "all", description="what learns: everything, the temporal attention alone, all but what reads the text"
+    )
     objective: Literal["rectified_flow", "iddpm"] = "iddpm"
     shift: PositiveFloat = Field(1.0, description="timestep shift of rectified flow")
     space_scale: PositiveFloat = Field(1.0, description="spatial positions are divided by it")
     time_scale: PositiveFloat = Field(1.0, description="temporal positions are divided by it")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 keeps float32 master weights")
     engine: Literal["torch", "colossalai"] = "torch"
-    zero_stage: Literal[0, 1, 2] = Field(0, description="ColossalAI's ZeRO stage")
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "gemini"] = Field(
+        "ddp",
+        description="what processes share: nothing (ddp), or shards; fsdp is torch's, the last three ColossalAI's",
+    )
     sequence_parallel: Positive = Field(1, description="processes that share one sample")
-    activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="recompute in the backward pass: nothing, what is cheap (norms, activations), whole blocks"
+    )
+    compile: bool = Field(False, description="compile the model's blocks by torch.compile")
     processes: Positive = Field(1, description="processes of the run (GPUs, or gloo processes on CPU)")
     threads: Positive = Field(1, description="CPU threads a process")
     data: Literal["latents", "clips"] = Field("latents", description="encoded by `encode`, or encoded in the step")
     loader_workers: NonNegative = Field(0, description="processes that read data ahead, a training process")
+    loader_restarts: NonNegative = Field(3, description="times that reading processes which died are started again")
     init_from: str = Field("", description="weights to start from; empty: the stage before, or from scratch")
     log_every: Positive = Field(10, description="steps")
+    sample_every: NonNegative = Field(0, description="steps from one set of samples to the next; 0: none")
+    sample_prompts: tuple[str, ...] = Field((), description="prompts of the samples that training makes of itself")
     checkpoint_every: Positive = Field(500, description="steps")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
+    keep_every: NonNegative = Field(0, description="steps; checkpoints at its multiples are kept for good; 0: none")
+    spike_deviations: PositiveFloat | None = Field(
+        20.0,
+        description="a step is skipped whose gradient norm is that many deviations above the last ones; null: none",
+    )
+    max_bad_steps: Positive = Field(5, description="skipped steps in a row before the run rolls back")
+    max_rollbacks: NonNegative = Field(
+        3, description="times that a run goes back to a good checkpoint past the bad data"
+    )
+    stall_timeout_s: Positive = Field(600, description="seconds without a step before a stalled process is named")
+    join_timeout_s: Positive = Field(600, description="seconds in which all processes must arrive")
     seed: NonNegative = 0
+
+
+class HardwareConfig(Section):
+    """What training runs on, for plans and the meter."""
+
+    gpu: str = Field("", description="kind of GPU, as h800; empty: the one that is there, or none")
+    gpus_per_node: Positive = 8
+    dollars_per_gpu_hour: PositiveFloat | None = Field(None, description="null: the kind's usual price")
+    utilization: Share = Field(0.15, description="share of the GPU's peak that a plan counts on")
 
 
 class EvaluateConfig(Section):
@@ -268,6 +315,7 @@ class Config(Section):
     caption: CaptionConfig
     encode: EncodeConfig
     model: ModelConfig
+    hardware: HardwareConfig
     train_image: TrainConfig
     train_video: TrainConfig
     train_highres: TrainConfig
@@ -279,10 +327,20 @@ class Config(Section):
         sizes = set(self.encode.sizes)
         for name in TRAIN_STEPS:
             stage: TrainConfig = getattr(self, name)
-            if (stage.height, stage.width) not in sizes:
+            shapes: tuple[TrainConfig | BucketConfig, ...] = (stage, *stage.buckets)
+            for shape in shapes:
+                if (shape.height, shape.width) not in sizes:
+                    raise ValueError(
+                        f"{name} trains at {shape.height}x{shape.width}, "
+                        f"which encode.sizes {sorted(sizes)} does not hold"
+                    )
+            if stage.strategy not in STRATEGIES[stage.engine]:
                 raise ValueError(
-                    f"{name} trains at {stage.height}x{stage.width}, which encode.sizes {sorted(sizes)} does not hold"
+                    f"{name}.strategy {stage.strategy} is not one of engine {stage.engine}: "
+                    f"{', '.join(STRATEGIES[stage.engine])}"
                 )
+            if stage.sample_every and not stage.sample_prompts:
+                raise ValueError(f"{name}.sample_every needs {name}.sample_prompts")
             if stage.objective == "iddpm" and not self.model.pred_sigma:
                 raise ValueError(f"{name}.objective is iddpm, which needs model.pred_sigma: true")
             if stage.processes % stage.sequence_parallel:

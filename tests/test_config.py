@@ -20,7 +20,7 @@ def test_h800_holds_the_published_recipe() -> None:
     video, high = config.train_video, config.train_highres
     assert (video.frames, video.height, video.frame_interval) == (16, 256, 3)
     assert (video.batch_size, video.processes, video.lr, video.dtype) == (8, 64, 2e-5, "bfloat16")
-    assert (video.zero_stage, video.activation_checkpointing, video.space_scale) == (2, True, 0.5)
+    assert (video.strategy, video.activation_checkpointing, video.space_scale) == ("zero2", "full", 0.5)
     assert video.steps == 80_000 + 24_000
     assert (high.frames, high.height, high.frame_interval, high.sequence_parallel) == (64, 512, 2, 2)
     assert high.time_scale == pytest.approx(2 / 3)
@@ -66,4 +66,4 @@ def test_a_config_cannot_be_changed() -> None:
 def test_params_hold_every_step_for_every_profile() -> None:
     document = yaml.safe_load(PARAMS.read_text())
     for profile in PROFILES:
-        assert set(document[profile]) >= set(document["base"]) - {"weights_dir", "offline", "executor"}
+        assert set(document[profile]) >= set(document["base"]) - {"weights_dir", "offline", "executor", "hardware"}

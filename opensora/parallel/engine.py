@@ -67,10 +67,10 @@ def build_engine(config: TrainConfig) -> Engine:
     Raises:
         ConfigError: this version has no such engine, or not with these settings.
     """
-    if config.engine == "colossalai" or config.zero_stage or config.sequence_parallel > 1:
+    if config.engine == "colossalai" or config.strategy != "ddp" or config.sequence_parallel > 1:
         raise ConfigError(
-            "ColossalAI, ZeRO and sequence parallelism are not part of this version; "
-            "train with engine=torch, zero_stage=0, sequence_parallel=1"
+            "ColossalAI, sharded strategies and sequence parallelism are not part of this version; "
+            "train with engine=torch, strategy=ddp, sequence_parallel=1"
         )
     from opensora.parallel.torch_engine import TorchEngine
 

@@ -124,7 +124,7 @@ class Trainer:
         """
         config, engine = self.config, self.engine
         self.model.to(engine.device).train()
-        if config.activation_checkpointing:
+        if config.activation_checkpointing == "full":
             for block in self.model.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         optimizer = build_optimizer(self.model, config)

@@ -188,7 +188,7 @@ def test_checkpoints_hold_what_resume_needs(reference: Path) -> None:
 
 
 def test_activation_checkpointing_changes_nothing(reference: Path, encoded: Path, tmp_path: Path) -> None:
-    folder = train(config("train_video.activation_checkpointing=true"), encoded, tmp_path)
+    folder = train(config("train_video.activation_checkpointing=full"), encoded, tmp_path)
     for (_, first), (_, second) in zip(losses(reference), losses(folder), strict=True):
         assert first == pytest.approx(second, rel=1e-4)
 
