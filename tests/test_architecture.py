@@ -18,7 +18,7 @@ ALLOWED = {
     "data": LEAVES,
     "parallel": {"models", "config"},
     "training": LEAVES
-    | {"models", "diffusion", "parallel", "tracking"}
+    | {"models", "diffusion", "parallel", "tracking", "launch", "clip_file"}
     | {"data.buckets", "data.clip_dataset", "data.dataset", "data.loader"},
     "demo": LEAVES | {"data.shards", "data.video"},
 }
