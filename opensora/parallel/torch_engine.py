@@ -1,36 +1,41 @@
-"""PyTorch's own engine: one device, or DistributedDataParallel under torchrun's variables."""
+"""PyTorch's own engine: one device, DistributedDataParallel, or FSDP2, which shards all that training keeps."""
 
-import os
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from opensora.parallel.engine import Engine
+from opensora.config import ConfigError, TrainConfig
+from opensora.parallel.engine import Engine, Kind
+from opensora.parallel.optimizer import build_optimizer
+from opensora.parallel.shares import Shares, even_ranges
 
 
 class TorchEngine(Engine):
-    """Joins the process group that RANK, WORLD_SIZE and LOCAL_RANK describe, when they are set."""
+    """`strategy` ddp keeps everything on every device, fsdp a share; one process needs neither."""
 
-    def __init__(self, threads: int = 1) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
-        else:
-            self.device = torch.device("cpu")
-            torch.set_num_threads(threads)
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
         self._wrapped: DistributedDataParallel | None = None
-        if self.world_size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = optimizer
+    def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
+        model.to(self.device)
+        self._parameters = dict(model.named_parameters())
+        self._learning = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
+        self._buffers = dict(model.named_buffers())
+        learning = {name: self._parameters[name].shape for name in self._learning}
+        frozen = {name: parameter.shape for name, parameter in self._parameters.items() if name not in learning}
+        ranges = zip(even_ranges(learning, self.world_size), even_ranges(frozen, self.world_size), strict=True)
+        self._shares = Shares(
+            {name: parameter.shape for name, parameter in self._parameters.items()},
+            [one | other for one, other in ranges],
+            self.rank,
+            self.device,
+        )
+        if config.strategy == "fsdp":
+            raise ConfigError("strategy fsdp is not part of this version; train with strategy=ddp")
+        self._optimizer = build_optimizer(model, config)
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -40,49 +45,35 @@ class TorchEngine(Engine):
         )
         return self._wrapped
 
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext() if last or not self._wrapped else self._wrapped.no_sync()
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def gradient_norm(self, limit: float) -> float:
-        return float(nn.utils.clip_grad_norm_(self._parameters, limit))
-
-    def step(self) -> None:
-        self._optimizer.step()
-        self.clear()
-
-    def clear(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-
-    def any(self, flags: list[bool]) -> list[bool]:
-        if self.world_size == 1:
-            return flags
-        votes = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
-        return [bool(vote) for vote in votes.tolist()]
-
-    def gather(self, value: Tensor) -> list[Tensor]:
-        if self.world_size == 1:
-            return [value]
-        value = value.to(self.device)
-        parts = [torch.empty_like(value) for _ in range(self.world_size)]
-        dist.all_gather(parts, value)  # NCCL lacks a gather of bytes on old versions; the value is small
-        return [part.cpu() for part in parts] if self.rank == 0 else []
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
-    def save(self, path: Path) -> None:
-        if self.rank == 0:
-            torch.save(self._optimizer.state_dict(), path)
-
-    def load(self, path: Path) -> None:
-        self._optimizer.load_state_dict(torch.load(path, map_location=self.device, weights_only=True))
+        return float(nn.utils.clip_grad_norm_([self._parameters[name] for name in self._learning], limit))
 
     def close(self) -> None:
-        if self.world_size > 1 and dist.is_initialized():
-            if self._wrapped is not None:
-                # Else the reducer frees the process group later, and waits for gloo's threads while it holds Python's
-                # lock, which such a thread needs to free its last tensors: now and then a run would never end.
-                self._wrapped.reducer = self._wrapped.logger = None
-            dist.destroy_process_group()
+        if self._wrapped is not None:
+            # Else the reducer frees the process group later, and waits for gloo's threads while it holds Python's
+            # lock, which such a thread needs to free its last tensors: now and then a run would never end.
+            self._wrapped.reducer = self._wrapped.logger = None
+        super().close()
+
+    def _tensors(self, kind: Kind) -> dict[str, Tensor]:
+        if kind == "weights":
+            return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return {name: self._optimizer.state[self._parameters[name]][kind] for name in self._learning}
+
+    def _own(self, kind: Kind) -> dict[str, Tensor]:
+        ranges, tensors = self._shares.own, self._tensors(kind)
+        return {name: tensors[name].view(-1)[slice(*ranges[name])] for name in ranges if name in tensors}
+
+    def _fill(self, kind: Kind, whole: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._tensors(kind).items():
+            tensor.copy_(whole[name])
+
+    def _set_steps(self, updates: int) -> None:
+        for name in self._learning:
+            self._optimizer.state[self._parameters[name]]["step"].fill_(updates)

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from opensora.weights import WeightsError, hash_file, load_strict
 
 VERSION = 1
 INFO = "checkpoint.json"
-MODEL, EMA = "model.safetensors", "ema.safetensors"
+MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 POSITIONS = ("pos_embed", "pos_embed_temporal")  # the model's own, as they follow its size
 PREFIX = "step-"
 DAMAGED = "damaged-"
@@ -87,7 +87,7 @@ def save_checkpoint(
     info: dict[str, object],
     ema: Mapping[str, Tensor] | None = None,
     rng: list[Tensor] | None = None,
-    save_optimizer: Callable[[Path], None] | None = None,
+    optimizer: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step-N` under a temporary name, fsync, rename; returns its path. For rank 0.
 
@@ -100,8 +100,8 @@ def save_checkpoint(
     save_file({name: value.contiguous() for name, value in model.items()}, part / MODEL)
     if ema is not None:
         save_file({name: value.contiguous() for name, value in ema.items()}, part / EMA)
-    if save_optimizer is not None:
-        save_optimizer(part / "optimizer.pt")
+    if optimizer is not None:
+        save_file({name: value.contiguous() for name, value in optimizer.items()}, part / OPTIMIZER)
     if rng is not None:
         torch.save(rng, part / "rng.pt")
     files = {path.name: hash_file(path) for path in sorted(part.iterdir())}

@@ -29,7 +29,6 @@ from opensora.tracking import Tracker
 from opensora.training.checkpoint import (
     INFO,
     CheckpointError,
-    load_weights,
     newest_checkpoint,
     remove_old,
     save_checkpoint,
@@ -78,16 +77,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * warm * cold
 
 
-def build_optimizer(model: STDiT, config: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; biases and tables are not decayed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-
 def build_objective(config: TrainConfig) -> IDDPM | RectifiedFlow:
     """The process that the stage is trained with."""
     match config.objective:
@@ -127,9 +116,8 @@ class Trainer:
         if config.activation_checkpointing == "full":
             for block in self.model.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        optimizer = build_optimizer(self.model, config)
-        self.ema = Ema(self.model, config.ema_decay)
-        self.forward = engine.prepare(self.model, optimizer)
+        self.forward = engine.prepare(self.model, config)
+        self.ema = Ema(engine.own_parameters(), config.ema_decay)
         objective = build_objective(config)
         start = self._resume()
         stream = load_batches(self.data, self.plan, engine.rank, start, config.steps, config.loader_workers)
@@ -142,8 +130,6 @@ class Trainer:
                 steps = track(steps, config.steps - start, "training", lines=False)
             for step in steps:
                 batch = next(stream)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, step)
                 loss = self._loss(objective, batch, step)
                 engine.backward(loss)
                 value = float(loss.detach())
@@ -155,7 +141,7 @@ class Trainer:
                     engine.clear()
                     log.warning("step %d skipped: loss %s, gradient norm %s", step, value, norm)
                 else:
-                    engine.step()
+                    engine.step(learning_rate(config, step))
                     self.ema.update(step)
                 if bad_in_a_row >= MAX_BAD_STEPS:
                     raise StepError(
@@ -204,9 +190,9 @@ class Trainer:
             return 0
         info = json.loads((path / INFO).read_text())
         step = self.plan.load_state_dict(info["data"])
-        load_weights(self.model, path, "model")
-        self.ema.load_state_dict(load_file(path / "ema.safetensors"))
-        self.engine.load(path / "optimizer.pt")
+        self.engine.load_model_state(load_file(path / "model.safetensors"))
+        self.ema.load(self.engine.distribute(load_file(path / "ema.safetensors")))
+        self.engine.load_optimizer_state(load_file(path / "optimizer.safetensors"))
         rng = torch.load(path / "rng.pt", weights_only=True)
         if self.engine.rank < len(rng):
             torch.set_rng_state(rng[self.engine.rank])
@@ -228,15 +214,17 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         rng = self.engine.gather(torch.get_rng_state())
+        model, ema = self.engine.model_state(), self.engine.collect(self.ema.shares())
+        optimizer = self.engine.optimizer_state()
         if self.engine.rank == 0:
             folder = self.folder / "checkpoints"
             path = save_checkpoint(
                 folder,
                 step=step,
-                model=self.model.state_dict(),
-                ema=self.ema.state_dict(),
+                model=model,
+                ema=ema,
                 rng=rng,
-                save_optimizer=self.engine.save,
+                optimizer=optimizer,
                 info=self.info | {"data": self.plan.state_dict(step)},
             )
             remove_old(folder, self.config.keep_checkpoints)
