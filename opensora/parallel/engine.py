@@ -4,10 +4,11 @@ Parameters have the names that they have in the unwrapped model, and whole tenso
 engine wrote is read by any other, with any number of processes.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from opensora.config import ConfigError, TrainConfig
 from opensora.parallel.join import join, read_place
 from opensora.parallel.shares import Shares
+
+if TYPE_CHECKING:
+    from opensora.parallel.sequence import SequenceGroup
 
 Kind = Literal["weights", "exp_avg", "exp_avg_sq"]  # a parameter, and the means that AdamW keeps of its gradients
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
@@ -37,9 +41,11 @@ class Engine(ABC):
 
     _optimizer: torch.optim.Optimizer  # these are made by `prepare`
     _shares: Shares
+    _parameters: dict[str, nn.Parameter]
     _learning: list[str]  # names of the parameters that learn
     _buffers: dict[str, Tensor]
     _updates = 0
+    _sequence: "SequenceGroup | None" = None
 
     def __init__(self, config: TrainConfig) -> None:
         place = read_place(config)
@@ -168,8 +174,28 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.world_size > 1 and dist.is_initialized():
+        if self._sequence:
+            self._sequence.close()
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _take(self, model: nn.Module, config: TrainConfig) -> None:
+        """What every implementation of `prepare` begins with."""
+        model.to(self.device)
+        if config.sequence_parallel > 1:
+            from opensora.parallel.sequence import SequenceGroup, shard_model
+
+            self._sequence = SequenceGroup(config.sequence_parallel)
+            shard_model(model, self._sequence)
+        self._parameters = dict(model.named_parameters())
+        self._learning = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
+        self._buffers = dict(model.named_buffers())
+
+    def _shapes_by_use(self) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+        """Shapes of the parameters that learn, and of those that are frozen."""
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        learning = {name: shapes[name] for name in self._learning}
+        return learning, {name: shape for name, shape in shapes.items() if name not in learning}
 
     @abstractmethod
     def _own(self, kind: Kind) -> dict[str, Tensor]:
@@ -193,8 +219,9 @@ def build_engine(config: TrainConfig) -> Engine:
     """
     match config.engine:
         case "torch":
-            from opensora.parallel.torch_engine import TorchEngine
+            from opensora.parallel.torch_engine import FsdpEngine, TorchEngine
 
-            return TorchEngine(config)
+            alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # then there is nothing to shard
+            return TorchEngine(config) if config.strategy == "ddp" or alone else FsdpEngine(config)
         case "colossalai":
             raise ConfigError("engine colossalai is not part of this version; train with engine=torch")

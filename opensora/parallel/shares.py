@@ -76,7 +76,7 @@ class Shares:
         if any(absent for (absent,) in self._everyone([whole is None])):
             return self._scatter(whole or {})
         assert whole is not None
-        return {name: self._cut(whole[name], name) for name in self.own if name in whole}
+        return {name: self.cut(whole[name], name) for name in self.own if name in whole}
 
     def check(self, whole: Mapping[str, Tensor], needed: Iterable[str]) -> None:
         """Raise ConfigError unless `whole` holds the needed parameters and others of the model, in their shapes."""
@@ -89,7 +89,8 @@ class Shares:
         if wrong:
             raise ConfigError("the state does not fit the model that trains: " + "; ".join(wrong))
 
-    def _cut(self, whole: Tensor, name: str) -> Tensor:
+    def cut(self, whole: Tensor, name: str) -> Tensor:
+        """This process's range of a whole parameter: flat, float32, on the CPU."""
         start, stop = self.own[name]
         return whole.detach().float().flatten()[start:stop].clone().cpu()
 
@@ -133,7 +134,7 @@ class Shares:
                 value.copy_(whole[name])
             dist.broadcast(value, 0)
             if name in self.own:
-                shares[name] = self._cut(value, name)
+                shares[name] = self.cut(value, name)
         return shares
 
 
@@ -149,4 +150,16 @@ def even_ranges(shapes: Mapping[str, torch.Size], processes: int) -> list[dict[s
             if start < stop:
                 ranges[rank][name] = (start - begin, stop - begin)
         begin += shape.numel()
+    return ranges
+
+
+def row_ranges(shapes: Mapping[str, torch.Size], processes: int) -> list[dict[str, Range]]:
+    """Every parameter cut by its first dimension, as FSDP2 does: equal numbers of rows, rounded up, to the end."""
+    ranges: list[dict[str, Range]] = [{} for _ in range(processes)]
+    for name, shape in shapes.items():
+        share, row = -(-shape[0] // processes), shape[1:].numel()
+        for rank in range(processes):
+            start, stop = min(rank * share, shape[0]), min((rank + 1) * share, shape[0])
+            if start < stop:
+                ranges[rank][name] = (start * row, stop * row)
     return ranges

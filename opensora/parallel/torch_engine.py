@@ -1,41 +1,32 @@
-"""PyTorch's own engine: one device, DistributedDataParallel, or FSDP2, which shards all that training keeps."""
+"""PyTorch's own engines: one device or DistributedDataParallel, and FSDP2, which shards all that training keeps."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from opensora.config import ConfigError, TrainConfig
+from opensora.config import TrainConfig
 from opensora.parallel.engine import Engine, Kind
 from opensora.parallel.optimizer import build_optimizer
-from opensora.parallel.shares import Shares, even_ranges
+from opensora.parallel.shares import Shares, even_ranges, row_ranges
 
 
 class TorchEngine(Engine):
-    """`strategy` ddp keeps everything on every device, fsdp a share; one process needs neither."""
+    """Every process keeps the whole model and optimizer; of their averages and files it looks after an equal part."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config)
-        self._wrapped: DistributedDataParallel | None = None
+    _wrapped: DistributedDataParallel | None = None
 
     def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
-        model.to(self.device)
-        self._parameters = dict(model.named_parameters())
-        self._learning = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
-        self._buffers = dict(model.named_buffers())
-        learning = {name: self._parameters[name].shape for name in self._learning}
-        frozen = {name: parameter.shape for name, parameter in self._parameters.items() if name not in learning}
-        ranges = zip(even_ranges(learning, self.world_size), even_ranges(frozen, self.world_size), strict=True)
-        self._shares = Shares(
-            {name: parameter.shape for name, parameter in self._parameters.items()},
-            [one | other for one, other in ranges],
-            self.rank,
-            self.device,
-        )
-        if config.strategy == "fsdp":
-            raise ConfigError("strategy fsdp is not part of this version; train with strategy=ddp")
+        self._take(model, config)
         self._optimizer = build_optimizer(model, config)
+        learning, frozen = self._shapes_by_use()
+        ranges = zip(even_ranges(learning, self.world_size), even_ranges(frozen, self.world_size), strict=True)
+        self._shares = Shares(learning | frozen, [one | other for one, other in ranges], self.rank, self.device)
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -62,6 +53,7 @@ class TorchEngine(Engine):
         super().close()
 
     def _tensors(self, kind: Kind) -> dict[str, Tensor]:
+        """The parameters, or moments, as this process has them."""
         if kind == "weights":
             return {name: parameter.detach() for name, parameter in self._parameters.items()}
         return {name: self._optimizer.state[self._parameters[name]][kind] for name in self._learning}
@@ -77,3 +69,50 @@ class TorchEngine(Engine):
     def _set_steps(self, updates: int) -> None:
         for name in self._learning:
             self._optimizer.state[self._parameters[name]]["step"].fill_(updates)
+
+
+class FsdpEngine(TorchEngine):
+    """Every process keeps some rows of each parameter, its gradient and moments, and sees the rest block by block.
+
+    With bfloat16, blocks are gathered and computed in it; what is kept, and gradients on their way, are float32.
+    """
+
+    _model: FSDPModule
+
+    def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
+        self._take(model, config)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._shares = Shares(shapes, row_ranges(shapes, self.world_size), self.rank, self.device)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # bfloat16 has no timestep 999; autocast casts where it should
+        )
+        for block in model.get_submodule("blocks").children():
+            fully_shard(block, mesh=mesh, mp_policy=precision)
+        self._model = fully_shard(model, mesh=mesh, mp_policy=precision)
+        self._parameters = dict(model.named_parameters())  # the shards; the model's own are whole now and then
+        self._optimizer = build_optimizer(model, config)
+        return model
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        # Until the last one, gradients of the whole model are kept in float32 on every device.
+        self._model.set_requires_gradient_sync(last)
+        self._model.set_is_last_backward(last)
+        yield
+
+    def gradient_norm(self, limit: float) -> float:
+        norm = nn.utils.clip_grad_norm_([self._parameters[name] for name in self._learning], limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _tensors(self, kind: Kind) -> dict[str, Tensor]:
+        return {name: tensor.to_local() for name, tensor in super()._tensors(kind).items()}  # type: ignore[attr-defined]
+
+    def _own(self, kind: Kind) -> dict[str, Tensor]:
+        return {name: tensor.view(-1) for name, tensor in self._tensors(kind).items() if name in self._shares.own}
+
+    def _fill(self, kind: Kind, whole: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._own(kind).items():
+            tensor.copy_(self._shares.cut(whole[name], name))
