@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora.config import Config, ConfigError, TrainConfig, load_config
-from opensora.parallel.engine import build_engine
+from opensora.config import Config, TrainConfig, load_config
 from opensora.step import StepError
 from opensora.training.stages import JOB, Source, run, train_in_process
 from opensora.training.train import learning_rate
@@ -181,7 +180,7 @@ def test_a_killed_launcher_takes_its_processes_along(encoded: Path, tmp_path: Pa
 def test_checkpoints_hold_what_resume_needs(reference: Path) -> None:
     (path,) = (reference / "checkpoints").glob("step-*")
     info = json.loads((path / "checkpoint.json").read_text())
-    assert set(info["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.pt", "rng.pt"}
+    assert set(info["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.pt"}
     assert (info["step"], info["stage"]) == (STEPS, "train_video")
     assert info["config"]["train_video"]["steps"] == STEPS
     assert not list((reference / "checkpoints").glob("*.part"))
@@ -223,11 +222,6 @@ def test_learning_rate() -> None:
     assert learning_rate(values, 9) == learning_rate(values, 50) == pytest.approx(1.0)
     assert learning_rate(values, 75) == pytest.approx(0.5)
     assert learning_rate(values, 99) == pytest.approx(0.02)
-
-
-def test_engines_that_are_not_there_say_so() -> None:
-    with pytest.raises(ConfigError, match="not part of this version"):
-        build_engine(TrainConfig(engine="colossalai"))
 
 
 def test_a_job_without_long_enough_clips_is_refused(encoded: Path, tmp_path: Path) -> None:
