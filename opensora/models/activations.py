@@ -37,18 +37,18 @@ class Activations:
 
     Attributes:
         saved: by part of the model, kept from the forward pass on.
-        recomputed: of one block, made again in the backward pass (full checkpointing), or of its cheap parts (selective).
-        workspace: gradients of activations while the widest layer, the MLP, goes backward.
+        transient: on top of it at the worst moment of the backward pass: what is computed again there, and gradients.
+        end: what is left of both when the backward pass has come to the first block, and most gradients are there.
     """
 
     saved: dict[str, int]
-    recomputed: int
-    workspace: int
+    transient: int
+    end: int
 
     @property
     def peak(self) -> int:
-        """All of it, which is there when the backward pass begins."""
-        return sum(self.saved.values()) + self.recomputed + self.workspace
+        """The most that is alive at once."""
+        return sum(self.saved.values()) + self.transient
 
 
 def activations(
@@ -62,21 +62,31 @@ def activations(
 ) -> Activations:
     """Of one sample with latents of `size` (T, H, W), on each of `ranks` processes that share it."""
     tokens = Tokens.of(config, size, text_tokens, ranks)
+    stream, hidden = (tokens.by_frame * width for width in token_bytes(config, precision))
     first, other = (block_bytes(config, tokens, precision, trainable, first) for first in (True, False))
-    whole, kept = sum(other.values()), kept_bytes(config, tokens, precision)
-    saved = {"embedding": embedding_bytes(config, tokens, precision, trainable)}
+    embedding = embedding_bytes(config, tokens, precision, trainable)
+    final = final_bytes(config, tokens, precision, trainable)
     match checkpointing:
         case "none":
-            saved |= {part: first[part] + (config.depth - 1) * other[part] for part in other}
-            recomputed = 0
+            kept = sum(other.values())
+            blocks = {part: first[part] + (config.depth - 1) * other[part] for part in other}
         case "selective":
-            saved["products of blocks"] = config.depth * kept
-            recomputed = whole - kept
+            kept = kept_bytes(config, tokens, precision)
+            blocks = {"products of blocks": config.depth * kept}
         case "full":
-            saved["inputs of blocks"] = config.depth * tokens.by_frame * config.hidden_size * precision.stream
-            recomputed = whole
-    saved["final layer"] = final_bytes(config, tokens, precision, trainable)
-    return Activations(saved, recomputed, workspace_bytes(config, tokens, precision))
+            kept = stream
+            blocks = {"inputs of blocks": config.depth * kept}
+    # The worst moment is in the last layer (two gradients of the residual stream), or in the last block's MLP, when the
+    # last layer's share has gone: a gradient of the residual stream and one of the hidden layer.
+    again = sum(other.values()) - kept
+    transient = max(2 * stream, again + stream + hidden - final)
+    end = embedding + sum(first.values()) + stream + hidden
+    return Activations({"embedding": embedding, **blocks, "final layer": final}, transient, end)
+
+
+def token_bytes(config: STDiTConfig, precision: Precision) -> tuple[int, int]:
+    """Bytes a token of the residual stream, and of the MLP's hidden layer."""
+    return config.hidden_size * precision.stream, int(config.hidden_size * config.mlp_ratio) * precision.product
 
 
 def block_bytes(
@@ -110,7 +120,7 @@ def block_bytes(
     keys_values = tokens.text * 2 * product
 
     mlp = stream + 2 * FLOAT + rest * (stream + product)
-    hidden = int(channels * config.mlp_ratio) * precision.product
+    hidden = token_bytes(config, precision)[1]
     mlp += (1 + rest) * hidden + rest * product
 
     modulation = 8 * stream  # of a sample: six vectors, two of them with one added
@@ -127,10 +137,8 @@ def kept_bytes(config: STDiTConfig, tokens: Tokens, precision: Precision) -> int
 
     Norms, modulation, residual sums and GELU are computed again from these.
     """
-    channels = config.hidden_size
-    stream, product = channels * precision.stream, channels * precision.product  # bytes a token
-    sums = config.num_heads * FLOAT
-    hidden = int(channels * config.mlp_ratio) * precision.product
+    product, sums = config.hidden_size * precision.product, config.num_heads * FLOAT  # bytes a token
+    stream, hidden = token_bytes(config, precision)
     by_frame = stream  # the block's input
     by_frame += 5 * product + sums  # spatial: qkv, attention, projection
     by_frame += 3 * product + sums  # text: queries, attention, projection
@@ -155,12 +163,6 @@ def final_bytes(config: STDiTConfig, tokens: Tokens, precision: Precision, train
     layer = trainable.rest * channels * (precision.stream + precision.product)
     prediction = math.prod(config.patch_size) * config.out_channels * FLOAT
     return tokens.by_frame * (norm + layer + prediction)
-
-
-def workspace_bytes(config: STDiTConfig, tokens: Tokens, precision: Precision) -> int:
-    """Gradients of the residual stream, of the MLP's result and of its hidden layer."""
-    wide = (1 + config.mlp_ratio) * config.hidden_size * precision.product
-    return int(tokens.by_frame * (config.hidden_size * precision.stream + wide))
 
 
 def cast_weight_bytes(config: STDiTConfig) -> int:

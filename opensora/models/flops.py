@@ -61,7 +61,9 @@ class Tokens(NamedTuple):
         """Of latents of `size` (T, H, W); what `ranks` does not divide is padded."""
         frames, rows, columns = config.tokens(size)
         space = rows * columns
-        return cls(frames, space, text, math.ceil(frames / ranks) * space, frames * math.ceil(space / ranks))
+        by_frame = math.ceil(frames / ranks) * space
+        # One frame stays where it is: nothing is exchanged for its temporal attention.
+        return cls(frames, space, text, by_frame, frames * math.ceil(space / ranks) if frames > 1 else by_frame)
 
 
 def forward_flops(config: STDiTConfig, size: tuple[int, int, int], text_tokens: int, ranks: int = 1) -> int:

@@ -123,6 +123,7 @@ def train_in_process(work: Path) -> None:
     """One process of a stage, described by the job file in `work`; rank 0 leaves the result there."""
     from opensora.data.buckets import Bucket, Plan
     from opensora.parallel.engine import build_engine
+    from opensora.plan import check_fits
     from opensora.tracking import Tracker
     from opensora.training.train import Stopped, Trainer
 
@@ -131,6 +132,7 @@ def train_in_process(work: Path) -> None:
     train: TrainConfig = getattr(config, stage)
     source = Source(**{name: Path(path) for name, path in job["source"].items()})
     engine = build_engine(train)
+    check_fits(config, stage, engine.device)
     bucket = Bucket(train.frames, train.height, train.width, train.batch_size, train.frame_interval)
     data, encoder, latent_height = open_data(config, train, source, bucket, engine.device)
     plan = Plan(data.clips, [bucket], train.seed, engine.world_size)
@@ -142,7 +144,7 @@ def train_in_process(work: Path) -> None:
         params = {"train": train.model_dump(), "model": config.model.model_dump()}
         tracker = Tracker.start(Path(job["root"]), config.profile, stage, params, {}, work)
     try:
-        trainer = Trainer(train, model, data, plan, engine, tracker, work, info, encoder)
+        trainer = Trainer(train, model, data, plan, engine, tracker, work, info, encoder, config.hardware)
         if tracker:
             with tracker:
                 metrics = trainer.run()

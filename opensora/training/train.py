@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from opensora.config import TrainConfig, UserError
+from opensora.config import HardwareConfig, TrainConfig, UserError
 from opensora.data.buckets import Plan, draw_seed
 from opensora.data.loader import Samples, load_batches
 from opensora.diffusion.iddpm import IDDPM
@@ -35,7 +35,7 @@ from opensora.training.checkpoint import (
     save_checkpoint,
 )
 from opensora.training.ema import Ema
-from opensora.training.meter import Meter
+from opensora.training.meter import Meter, describe_rates, sample_work
 from opensora.training.step_encoder import StepEncoder
 
 LOSSES = "losses.jsonl"
@@ -113,6 +113,7 @@ class Trainer:
     folder: Path
     info: dict[str, object]
     encoder: StepEncoder | None = None
+    hardware: HardwareConfig | None = None
 
     def run(self) -> dict[str, float]:
         """Train to the last step, from the newest checkpoint in the folder if there is one; the last metrics.
@@ -133,7 +134,8 @@ class Trainer:
         objective = build_objective(config)
         start = self._resume()
         stream = load_batches(self.data, self.plan, engine.rank, start, config.steps, config.loader_workers)
-        meter = Meter(config.steps, self._tokens())
+        meter = Meter(engine.world_size, self.hardware, engine.device)
+        tokens, flops = sample_work(self.model.config, config)(self.model.config.input_size)
         metrics: dict[str, float] = {}
         bad_in_a_row = 0
         with StopFlag() as stop, closing(stream):
@@ -164,7 +166,8 @@ class Trainer:
 
                 done = step + 1
                 self._record_loss(done, value)
-                meter.update(config.batch_size * engine.world_size, value)
+                samples = config.batch_size * engine.world_size
+                meter.update(samples, value, samples * tokens, samples * flops)
                 if done % config.log_every == 0 or done == config.steps:
                     rates = meter.read(config.steps - done)
                     metrics = {"loss": rates.pop("loss"), "gradient_norm": norm, "lr": learning_rate(config, step)}
@@ -174,10 +177,6 @@ class Trainer:
                 if stopping and done < config.steps:
                     raise Stopped(stop.number or signal.SIGTERM)
         return metrics
-
-    def _tokens(self) -> int:
-        frames, rows, columns = self.model.config.grid
-        return frames * rows * columns
 
     def _loss(self, objective: IDDPM | RectifiedFlow, batch: dict, step: int) -> Tensor:
         # The caption drop inside the model draws from the global generator.
@@ -250,9 +249,7 @@ class Trainer:
             return
         print(
             f"step {step}/{self.config.steps}  loss {metrics['loss']:.4f}  norm {metrics['gradient_norm']:.2f}  "
-            f"lr {metrics['lr']:.1e}  {metrics['samples_per_second']:.1f} samples/s  "
-            f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['peak_memory_mib']:.0f} MiB  "
-            f"eta {metrics['eta_seconds']:.0f} s",
+            f"lr {metrics['lr']:.1e}  {describe_rates(metrics)}",
             flush=True,
         )
         if self.tracker:
