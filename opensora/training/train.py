@@ -26,7 +26,7 @@ from opensora.training.checkpoint import EMA, MODEL, OPTIMIZER, RNG, check_fits,
 from opensora.training.ema import Ema
 from opensora.training.health import Health
 from opensora.training.journal import Journal
-from opensora.training.meter import Meter
+from opensora.training.meter import Meter, describe_rates, sample_work
 from opensora.training.samples import SampleWriter
 from opensora.training.saver import Saver, Snapshot
 from opensora.training.step_encoder import StepEncoder
@@ -52,6 +52,16 @@ def build_objective(config: TrainConfig) -> IDDPM | RectifiedFlow:
             return IDDPM()
         case "rectified_flow":
             return RectifiedFlow(shift=config.shift)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The forward and backward passes of a step in this process."""
+
+    loss: float  # mean over its micro-batches
+    position: int  # of the samples in the data
+    samples: int  # in its micro-batches together
+    size: tuple[int, int, int]  # of each sample's latents: T, h, w
 
 
 @dataclass
@@ -92,13 +102,14 @@ class Trainer:
         self.ema = Ema(engine.own_parameters(), config.ema_decay)
         self.objective = build_objective(config)
         self.health = Health(config, self.folder, engine.rank)
-        self.meter = self._build_meter()
+        self.meter = Meter(engine.world_size, self.hardware, engine.device)
+        self.work = sample_work(self.model.config, config)
         self.journal = Journal(self.folder) if engine.rank == 0 else None
         self.checkpoints = self.folder / "checkpoints"
         self.saver = Saver(self.checkpoints, config.keep_checkpoints, config.keep_every, self._track_checkpoint)
         self.metrics: dict[str, float] = {}
         self.step = self.position = 0
-        self._load(self._newest())
+        self.meter.load_state_dict(self._load(self._newest()).get("meter", {}))
         with StopFlag() as stop, self.saver, Watchdog(config.stall_timeout_s, engine.rank, self.folder) as watchdog:
             while self.step < config.steps:  # anew after each rollback
                 with closing(self._batches()) as batches:
@@ -112,10 +123,10 @@ class Trainer:
         bar = progress(config.steps - self.step, "training", lines=False)
         with bar if engine.rank == 0 else nullcontext(lambda: None) as advance:
             while self.step < config.steps:
-                loss, position = self._accumulate(batches)
+                passes = self._accumulate(batches)
                 norm = engine.gradient_norm(config.clip_norm)
                 # One exchange a step: every process sees the same numbers, and comes to the same verdict.
-                loss, stopping, failed = engine.mean([loss, float(stop.number), float(self.saver.failed)])
+                loss, stopping, failed = engine.mean([passes.loss, float(stop.number), float(self.saver.failed)])
                 good = health.judge(loss, norm) == "ok"
                 if good:
                     engine.step(learning_rate(config, self.step))
@@ -123,11 +134,11 @@ class Trainer:
                     health.good(norm)
                 else:
                     engine.clear()
-                    health.bad(self.step, position, self.plan.clip_ids(position), loss, norm)
+                    health.bad(self.step, passes.position, self.plan.clip_ids(passes.position), loss, norm)
                     log.warning("step %d skipped: loss %s, gradient norm %s", self.step + 1, loss, norm)
 
-                self.step, self.position = self.step + 1, position + 1
-                self._record(loss, norm, good)
+                self.step, self.position = self.step + 1, passes.position + 1
+                self._record(passes, loss, norm, good)
                 watchdog.beat(self.step)
                 advance()
                 if failed:
@@ -144,24 +155,28 @@ class Trainer:
                     on_rank_zero(engine, self.saver.wait)
                     raise Stopped(stop.number or signal.SIGTERM)
 
-    def _accumulate(self, batches: Iterator[dict[str, Any]]) -> tuple[float, int]:
-        """Gradients of a step's micro-batches; this process's mean loss, and the position of the samples."""
-        parts = []
-        for number in range(self.config.accumulate):
+    def _accumulate(self, batches: Iterator[dict[str, Any]]) -> Passes:
+        """Add up the gradients of a step's micro-batches. Collective in the last one."""
+        config, losses, samples = self.config, [], 0
+        for number in range(config.accumulate):
             batch = next(batches)
-            with self.engine.accumulating(last=number + 1 == self.config.accumulate):
+            position = batch["position"]
+            if self.encoder:
+                batch = self.encoder(batch)
+            with self.engine.accumulating(last=number + 1 == config.accumulate):
                 # The caption drop inside the model draws from the global generator; processes that share samples agree.
-                place = self.step * self.config.accumulate + number
-                torch.manual_seed(draw_seed(self.config.seed, place, self.engine.data_rank))
-                loss = self._loss(batch) / self.config.accumulate
+                place = self.step * config.accumulate + number
+                torch.manual_seed(draw_seed(config.seed, place, self.engine.data_rank))
+                loss = self._loss(batch) / config.accumulate
                 self.engine.backward(loss)
-            parts.append(loss.detach())
-        return float(sum(parts)), batch["position"]
+            losses.append(loss.detach())
+            samples += len(batch["latent"])
+        _, _, frames, rows, columns = batch["latent"].shape
+        return Passes(float(torch.stack(losses).sum()), position, samples, (frames, rows, columns))
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
+        """Mean loss of a micro-batch."""
         device = self.engine.device
-        if self.encoder:
-            batch = self.encoder(batch)
         x0 = batch["latent"].to(device, non_blocking=True)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["noise_seed"]]
         t = torch.cat([self.objective.sample_timesteps(1, generator) for generator in generators]).to(device)
@@ -188,9 +203,9 @@ class Trainer:
         on_rank_zero(self.engine, lambda: find_newest(self.checkpoints, tidy=True))
         return find_newest(self.checkpoints, verify=False)
 
-    def _load(self, path: Path | None) -> None:
-        """Go on from a checkpoint; without one, from the start. Collective."""
-        engine = self.engine
+    def _load(self, path: Path | None) -> dict[str, Any]:
+        """Go on from a checkpoint, and return what it says of itself; without one, from the start. Collective."""
+        engine, info = self.engine, {}
         if path is not None:
             info = read_info(path, verify=False)
             check_fits(path, info, str(self.info["stage"]), self.model.config)
@@ -204,6 +219,7 @@ class Trainer:
             self.journal.cut(self.step)
         if path is not None:
             self._restore_random_states(load_file(path / RNG))  # last: loading may draw
+        return info
 
     def _roll_back(self) -> None:
         """Go back to the newest checkpoint, and past the data of the bad steps. Collective.
@@ -225,7 +241,11 @@ class Trainer:
     def _save(self) -> None:
         """Take a snapshot, which the saver writes while training goes on. Collective."""
         engine = self.engine
-        info = {"data": self.plan.state_dict(self.position), "health": self.health.state_dict()}
+        info = {
+            "data": self.plan.state_dict(self.position),
+            "health": self.health.state_dict(),
+            "meter": self.meter.state_dict(),
+        }
         snapshot = Snapshot(
             step=self.step,
             model=engine.model_state(),
@@ -264,11 +284,13 @@ class Trainer:
         on_rank_zero(self.engine, lambda: samples.write(weights, step, lambda: watchdog.beat(step)))
         watchdog.beat(step)
 
-    def _record(self, loss: float, norm: float, good: bool) -> None:
+    def _record(self, passes: Passes, loss: float, norm: float, good: bool) -> None:
         """The journal's line of a step, and at intervals what the meter says."""
         config, step = self.config, self.step
         if good:
-            self.meter.update(config.batch_size * self.engine.data_world_size * config.accumulate, loss)
+            samples = passes.samples * self.engine.data_world_size
+            tokens, flops = self.work(passes.size)
+            self.meter.update(samples, loss, samples * tokens, samples * flops)
         if self.journal:
             self.journal.record(step, loss, skipped=not good)
         if step % config.log_every and step != config.steps:
@@ -281,14 +303,8 @@ class Trainer:
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         print(
             f"step {step}/{self.config.steps}  loss {metrics['loss']:.4f}  norm {metrics['gradient_norm']:.2f}  "
-            f"lr {metrics['lr']:.1e}  {metrics['samples_per_second']:.1f} samples/s  "
-            f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['peak_memory_mib']:.0f} MiB  "
-            f"eta {metrics['eta_seconds']:.0f} s",
+            f"lr {metrics['lr']:.1e}  {describe_rates(metrics)}",
             flush=True,
         )
         if self.tracker:
             self.tracker.log_metrics(metrics, step)
-
-    def _build_meter(self) -> Meter:
-        frames, rows, columns = self.model.config.grid
-        return Meter(self.config.steps, frames * rows * columns)

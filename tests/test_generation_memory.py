@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opensora import plan
+from opensora import generation_memory
+from opensora.generation_memory import GIB, Generation, MemoryShort, check_memory, text_encoder_bytes
 from opensora.models.stdit import STDiT, STDiTConfig
-from opensora.plan import GIB, Generation, MemoryShort, check_memory, text_encoder_bytes
 
 XL = STDiTConfig((64, 64, 64))
 
@@ -46,7 +46,7 @@ def test_activations_are_what_a_block_really_holds() -> None:
     with torch.no_grad(), Live() as live:
         model(*inputs)
     tokens = 2 * 4 * 16 * 16
-    assert live.peak == pytest.approx(plan.LIVE_TENSORS * tokens * 128 * 4, rel=0.1)
+    assert live.peak == pytest.approx(generation_memory.LIVE_TENSORS * tokens * 128 * 4, rel=0.1)
 
 
 class Live(torch.overrides.TorchFunctionMode):
@@ -90,7 +90,7 @@ class Live(torch.overrides.TorchFunctionMode):
 def test_too_little_memory_is_said_with_what_would_fit(
     vae: Path, text_encoder: Path, monkeypatch: pytest.MonkeyPatch, free_gib: float, expected: str | None
 ) -> None:
-    monkeypatch.setattr(plan, "free_memory", lambda device: free_gib * GIB)
+    monkeypatch.setattr(generation_memory, "free_memory", lambda device: free_gib * GIB)
     generation = asked(vae, text_encoder)
     if expected is None:
         check_memory(generation, "cpu")
@@ -111,4 +111,4 @@ def test_less_is_needed_for_less(vae: Path, text_encoder: Path) -> None:
 def test_free_memory_is_that_of_the_machine() -> None:
     import psutil
 
-    assert 0 < plan.free_memory("cpu") <= psutil.virtual_memory().total
+    assert 0 < generation_memory.free_memory("cpu") <= psutil.virtual_memory().total
