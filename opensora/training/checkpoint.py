@@ -228,7 +228,7 @@ def newest_checkpoint(folder: Path) -> Path:
     return path
 
 
-def check_fits(folder: Path, info: Mapping[str, Any], stage: str, model: STDiTConfig) -> None:
+def check_same(folder: Path, info: Mapping[str, Any], stage: str, model: STDiTConfig) -> None:
     """See that a checkpoint is one of this stage and network.
 
     Raises:

@@ -22,7 +22,7 @@ from opensora.parallel.engine import Engine
 from opensora.progress import progress
 from opensora.step import StepError
 from opensora.tracking import Tracker
-from opensora.training.checkpoint import EMA, MODEL, OPTIMIZER, RNG, check_fits, find_newest, read_info, step_of
+from opensora.training.checkpoint import EMA, MODEL, OPTIMIZER, RNG, check_same, find_newest, read_info, step_of
 from opensora.training.ema import Ema
 from opensora.training.health import Health
 from opensora.training.journal import Journal
@@ -192,10 +192,11 @@ class Trainer:
             self.data,
             self.plan,
             engine.data_rank,
-            self.position,
-            config.steps - self.step,
-            skip=self.health.skip,
+            start=self.position,
+            steps=config.steps - self.step,
             workers=config.loader_workers,
+            restarts=config.loader_restarts,
+            skip=self.health.skip,
         )
 
     def _newest(self) -> Path | None:
@@ -208,7 +209,7 @@ class Trainer:
         engine, info = self.engine, {}
         if path is not None:
             info = read_info(path, verify=False)
-            check_fits(path, info, str(self.info["stage"]), self.model.config)
+            check_same(path, info, str(self.info["stage"]), self.model.config)
             self.step, self.position = info["step"], self.plan.load_state_dict(info["data"], self.health.skip)
             engine.load_model_state(load_file(path / MODEL))
             self.ema.load(engine.distribute(load_file(path / EMA)))

@@ -53,11 +53,13 @@ def _train(config: Config, stage: str, job: dict, work: Path, engine: "Engine") 
     from contextlib import nullcontext
 
     from opensora.data.buckets import Plan, stage_buckets
+    from opensora.plan import check_fits
     from opensora.tracking import Tracker
     from opensora.training.samples import SampleWriter
     from opensora.training.train import Trainer
 
     train: TrainConfig = getattr(config, stage)
+    check_fits(config, stage, engine.device)
     source = Source(**{name: Path(path) for name, path in job["source"].items()})
     buckets = stage_buckets(train)
     data, encoder, latent_height = open_data(config, train, source, buckets, engine.device)

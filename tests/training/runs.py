@@ -9,15 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from opensora.config import Config, load_config
+from opensora.training.journal import Journal
 from opensora.training.stages import Source, run
 from tests.conftest import ROOT
 
 STAGE = "train_video"
-COMMON = ("train_video.log_every=1", "train_video.checkpoint_every=3", "train_video.steps=8")
+STEPS = 8
+COMMON = ("train_video.log_every=1", "train_video.checkpoint_every=3", f"train_video.steps={STEPS}")
 LIMIT_S = 120.0
 
 
@@ -91,6 +94,18 @@ def stop(process: subprocess.Popen, number: signal.Signals) -> int:
     """Send a signal and wait; returns the exit code."""
     process.send_signal(number)
     return process.wait(90)
+
+
+def stopped_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Have this process told to stop by SIGTERM while it trains that step."""
+    record = Journal.record
+
+    def record_and_signal(journal: Journal, number: int, loss: float, skipped: bool = False) -> None:
+        record(journal, number, loss, skipped)
+        if number == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patch.setattr(Journal, "record", record_and_signal)
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ from opensora.training.checkpoint import (
     INFO,
     CheckpointError,
     DamagedError,
-    check_fits,
+    check_same,
     find_newest,
     newest_checkpoint,
     read_info,
@@ -119,12 +119,12 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_stage_or_model_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     own = stdit_config(CONFIG, "train_video", 4)
-    check_fits(path, DESCRIPTION, "train_video", own)
+    check_same(path, DESCRIPTION, "train_video", own)
     with pytest.raises(CheckpointError, match="stage train_video there and train_image here"):
-        check_fits(path, DESCRIPTION, "train_image", own)
+        check_same(path, DESCRIPTION, "train_image", own)
     wide = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"hidden_size": 64, "depth": 3})})
     with pytest.raises(CheckpointError, match="hidden_size 32 there and 64 here, depth 2 there and 3 here"):
-        check_fits(path, DESCRIPTION, "train_video", stdit_config(wide, "train_video", 4))
+        check_same(path, DESCRIPTION, "train_video", stdit_config(wide, "train_video", 4))
 
 
 def test_an_old_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
