@@ -132,7 +132,15 @@ class Trainer:
         self.forward = engine.prepare(self.model, optimizer)
         objective = build_objective(config)
         start = self._resume()
-        stream = load_batches(self.data, self.plan, engine.rank, start, config.steps, config.loader_workers)
+        stream = load_batches(
+            self.data,
+            self.plan,
+            engine.rank,
+            start=start,
+            steps=config.steps - start,
+            workers=config.loader_workers,
+            restarts=config.loader_restarts,
+        )
         meter = Meter(config.steps, self._tokens())
         metrics: dict[str, float] = {}
         bad_in_a_row = 0
