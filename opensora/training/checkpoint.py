@@ -3,7 +3,7 @@
 One form serves every engine, strategy and number of processes: whole tensors by parameter name, in float32.
 
     step-00000500/
-        checkpoint.json         version, step, stage, resolved configuration, place in the data, counters, sha256 of files
+        checkpoint.json         version, step, stage, configuration, place in the data, counters, sha256 of all files
         model.safetensors       weights and buffers
         ema.safetensors         averages of what is trained
         optimizer.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME
@@ -131,8 +131,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {folder} ({error}); what was saved before is whole, "
-            "and a new start goes on from it"
+            f"the checkpoint of step {step} could not be written to {folder} ({error}); what was saved before is "
+            "whole, and a new start goes on from it"
         ) from error
     return final
 

@@ -1,4 +1,4 @@
-"""The loss of every step in losses.jsonl: a line a step, which a resumed run goes on writing where its checkpoint is."""
+"""The loss of every step in losses.jsonl: a line a step, cut to the checkpoint that a run resumes from."""
 
 import json
 import math

@@ -104,7 +104,8 @@ class SampleWriter:
         null = model.y_embedder.y_embedding[: text.shape[1]][None, None]
         videos = []
         for number in range(len(text)):
-            noise = torch.randn(1, shape.in_channels, *shape.input_size, generator=torch.Generator().manual_seed(number))
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(1, shape.in_channels, *shape.input_size, generator=generator)
             latents = self._sampler().sample(
                 model,
                 noise.to(self.device),

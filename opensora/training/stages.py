@@ -5,16 +5,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from opensora.config import TRAIN_STEPS, Config, TrainConfig
 from opensora.launch import launch_here
 from opensora.process import end_with_parent
 from opensora.step import FINGERPRINT, Report, StepError, StepFolder, fingerprint, read_report, write_json
 from opensora.training.stop import SIGNALS, Stopped
-
-if TYPE_CHECKING:
-    from opensora.parallel.engine import Engine
 
 JOB = "job.json"
 RESULT = "result.json"

@@ -210,7 +210,7 @@ class Trainer:
         if path is not None:
             info = read_info(path, verify=False)
             check_same(path, info, str(self.info["stage"]), self.model.config)
-            self.step, self.position = info["step"], self.plan.load_state_dict(info["data"], self.health.skip)
+            self.step, self.position = info["step"], self.plan.load_state_dict(info["data"])
             engine.load_model_state(load_file(path / MODEL))
             self.ema.load(engine.distribute(load_file(path / EMA)))
             engine.load_optimizer_state(load_file(path / OPTIMIZER))

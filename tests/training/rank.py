@@ -12,7 +12,6 @@ def train_as(rank: int, world_size: int, port: int, work: Path) -> None:
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",  # nobody answers there, and training does not care
     }
     from opensora.training.worker import train_in_process
 

@@ -28,9 +28,9 @@ def config(*overrides: str) -> Config:
     return load_config(ROOT / "params.yaml", "smoke", (*COMMON, *overrides))
 
 
-def train(values: Config, encoded: Path, base: Path) -> Path:
+def train(values: Config, encoded: Path, base: Path, before: Path | None = None) -> Path:
     """The stage in this process (and, where there are to be several, those it starts); returns its folder."""
-    run(values, STAGE, Source(encoded), None, base / "smoke" / STAGE, base)
+    run(values, STAGE, Source(encoded), before, base / "smoke" / STAGE, base)
     return base / "smoke" / STAGE
 
 

@@ -15,6 +15,7 @@ from tests.training.rank import train_as
 KILLS, STEPS, WORLD_SIZE = 10, 80, 2
 AHEAD = 6  # steps that a start may do before it is killed; a checkpoint comes every three
 LIMIT_S = 120.0
+IMPORTED = ["opensora.training.worker", "opensora.training.train", "opensora.tracking", "mlflow"]
 
 
 def prepare(values: Config, encoded: Path, work: Path) -> Path:
@@ -28,11 +29,10 @@ def prepare(values: Config, encoded: Path, work: Path) -> Path:
 def begin(work: Path) -> list[BaseProcess]:
     """All processes of the run, copies of one that has imported torch and the rest: ten starts would cost a minute."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["opensora.training.worker", "opensora.training.train", "opensora.tracking", "mlflow"])
+    context.set_forkserver_preload(IMPORTED)
     port = runs.free_port()
     processes = [
-        context.Process(target=train_as, args=(rank, WORLD_SIZE, port, work), daemon=True)
-        for rank in range(WORLD_SIZE)
+        context.Process(target=train_as, args=(rank, WORLD_SIZE, port, work), daemon=True) for rank in range(WORLD_SIZE)
     ]
     for process in processes:
         process.start()
@@ -84,7 +84,7 @@ def test_a_run_killed_ten_times_is_the_run_that_was_not(encoded: Path, tmp_path:
             chance.shuffle(processes)
             end(processes)
         reached.append(steps(killed))
-    assert 0 < min(reached)
+    assert min(reached) > 0
     assert max(reached) < STEPS, "no kill came too late"
     finish(killed)
     runs.same(killed, whole)
