@@ -160,16 +160,14 @@ def ceilings(session: Session) -> None:
     """What the GPU reaches at all: a large matrix product, and a copy (bytes read and written)."""
     side, count = (64, 2**10) if session.tiny else (8192, 2**31)
     with session.part("ceilings", "matrix product") as figures:
-        a, b = (torch.randn(side, side, device=session.device, dtype=torch.bfloat16) for _ in range(2))
-        figures["tflops"] = round(2 * side**3 / session.milliseconds(lambda: a @ b, 20, 5) / 1e9, 1)
+        left, right = (torch.randn(side, side, device=session.device, dtype=torch.bfloat16) for _ in range(2))
+        figures["tflops"] = round(2 * side**3 / session.milliseconds(lambda: left @ right, 20, 5) / 1e9, 1)
         print(f"bf16 product of {side}: {figures['tflops']} TFLOP/s", flush=True)
-        del a, b
     with session.part("ceilings", "copy") as figures:
-        a = torch.empty(count, device=session.device, dtype=torch.bfloat16).normal_()
-        b = torch.empty_like(a)
-        figures["gb_per_s"] = round(2 * a.nbytes / session.milliseconds(lambda: b.copy_(a), 10, 3) / 1e6)
+        source = torch.empty(count, device=session.device, dtype=torch.bfloat16).normal_()
+        target = torch.empty_like(source)
+        figures["gb_per_s"] = round(2 * source.nbytes / session.milliseconds(lambda: target.copy_(source), 10, 3) / 1e6)
         print(f"copy: {figures['gb_per_s']} GB/s", flush=True)
-        del a, b
 
 
 def kernels(session: Session) -> None:
@@ -318,7 +316,7 @@ def inputs(config: STDiTConfig, size: tuple[int, int, int], batch: int, device: 
 
 @cache
 def step_flops(dit: bool, config: STDiTConfig, size: tuple[int, int, int]) -> int:
-    """Operations of all matrix products of a sample's forward and backward pass, by PyTorch's counter; no recomputation."""
+    """Operations of a sample's matrix products, forward and backward, by PyTorch's counter; without recomputation."""
 
     def count(depth: int) -> int:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The block as Open-Sora 1.0 published it without optional kernels: attention by explicit softmax, one operation a step.
+"""The block as Open-Sora 1.0 published it, without optional kernels: explicit softmax, one operation after the other.
 
 What the speed of `opensora.models.stdit` is compared with. The parameters are those of `STDiTBlock`, so that the same
 model computes either way.

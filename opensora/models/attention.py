@@ -35,8 +35,8 @@ class SelfAttention(nn.Module):
 class TemporalAttention(nn.Module):
     """Self-attention over the frames of each location; parameters as `SelfAttention`'s.
 
-    The rows of the projection are put into the order [A, 3, D] for the product, because then the heads of all locations
-    stand at equal distances: [B, T, S·A, 3, D] is attended to as S·A heads, and nothing is transposed in either direction.
+    For the product the rows of the projection are put into the order [A, 3, D], because then the heads of all locations
+    stand at equal distances: [B, T, S·A, 3, D] is attended to as S·A heads, and nothing is transposed.
     """
 
     def __init__(self, channels: int, num_heads: int) -> None:

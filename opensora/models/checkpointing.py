@@ -1,13 +1,13 @@
 """Activation checkpointing of transformer blocks: what the backward pass needs is kept, or computed again.
 
-`selective` keeps the results of matrix products and of attention, which cost nearly all of the time, and computes norms,
+`selective` keeps the results of matrix products and of attention, which take most of the time, and computes norms,
 modulation, activations and residual sums again, which make a third of the memory. `full` keeps the input of each block
 and runs the whole block again (arXiv 1604.06174): the least memory, for a third more time.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, Literal, ParamSpec, Protocol
+from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class Block(Protocol):
     checkpointing: Checkpointing
 
 
+Owner = TypeVar("Owner", bound=Block)
+
+
 def set_activation_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
     """Choose what the blocks of `model` recompute in the backward pass; before it is compiled or wrapped.
 
@@ -46,7 +49,7 @@ def set_activation_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
     """
     if mode not in MODES:
         raise ValueError(f"activation checkpointing must be one of {', '.join(MODES)}, got {mode!r}")
-    blocks = [module for module in model.modules() if hasattr(module, "checkpointing")]
+    blocks = [cast(Block, module) for module in model.modules() if hasattr(module, "checkpointing")]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks whose activations can be checkpointed")
     for block in blocks:
@@ -54,18 +57,18 @@ def set_activation_checkpointing(model: nn.Module, mode: Checkpointing) -> None:
 
 
 def checkpointed(
-    forward: Callable[Concatenate[Block, Arguments], Tensor],
-) -> Callable[Concatenate[Block, Arguments], Tensor]:
+    forward: Callable[Concatenate[Owner, Arguments], Tensor],
+) -> Callable[Concatenate[Owner, Arguments], Tensor]:
     """A block's `forward` that follows the block's attribute `checkpointing`. It must draw no random numbers."""
 
     @functools.wraps(forward)
-    def wrapped(self: Block, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+    def wrapped(self: Owner, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return forward(self, *args, **kwargs)
         options: dict = {"use_reentrant": False, "preserve_rng_state": False}
         if self.checkpointing == "selective":
             options["context_fn"] = _selective
-        return checkpoint(forward, self, *args, **options, **kwargs)
+        return checkpoint(forward, self, *args, **options, **kwargs)  # type: ignore[arg-type]
 
     return wrapped
 

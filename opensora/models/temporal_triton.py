@@ -1,7 +1,7 @@
 """The Triton programs of `temporal_kernel`: one program holds the queries, keys and values of all frames of one head.
 
-Importing needs Triton, so only `temporal_kernel` does, on a GPU. Shapes: `B` batch, `T` frames, `H` heads, `D` channels;
-qkv [B, T, H, 3, D] and out [B, T, H, D] lie contiguous. `scale` is in powers of two: log2(e) / √D.
+Importing needs Triton, so only `temporal_kernel` does, on a GPU. `B` batch, `T` frames, `H` heads, `D` channels; qkv
+[B, T, H, 3, D] and out [B, T, H, D] lie contiguous. `scale` is that of powers of two: log2(e) / √D.
 """
 
 import triton
