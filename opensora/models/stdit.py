@@ -9,8 +9,9 @@ Parameter names are those of the released checkpoints. Papers: DiT (arXiv 2212.0
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,25 @@ class EncodedText(NamedTuple):
     keep: Tensor | None  # [B, 1, 1, L]
 
 
+class Shard(Protocol):
+    """The part of a video that one of `P` processes works on; `opensora.parallel.sequence` implements it.
+
+    `T'` and `S'` are a process's share of frames and of spatial tokens, padded to the same size everywhere.
+    """
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """The process's own frames, T' of the T along `dim`."""
+
+    def to_space(self, x: Tensor) -> Tensor:
+        """Own frames [B, T', S, C] -> all frames of own locations [B, T, S', C]."""
+
+    def to_frames(self, x: Tensor) -> Tensor:
+        """[B, T, S', C] -> [B, T', S, C], contiguous."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Tokens of own frames [B, T'·S, K] -> of all frames [B, T·S, K], on every process."""
+
+
 class STDiTBlock(nn.Module):
     """Spatial attention, temporal attention, text attention, MLP."""
 
@@ -106,8 +126,12 @@ class STDiTBlock(nn.Module):
         keep: Tensor | None,
         frames: int,
         temporal_position: Tensor | None,
+        shard: Shard | None = None,
     ) -> Tensor:
-        """x [B, N, C], text [B, L, C] or its keys and values, t0 [B, 6C], temporal_position [1, T, C] -> [B, N, C]."""
+        """x [B, N, C], text [B, L, C] or its keys and values, t0 [B, 6C], temporal_position [1, T, C] -> [B, N, C].
+
+        With a `shard`, x, `frames` and positions are those of the process's own frames.
+        """
         batch, tokens, channels = x.shape
         space = tokens // frames
         table = (self.scale_shift_table[None] + t0.view(batch, 6, channels)).to(x.dtype)
@@ -117,14 +141,15 @@ class STDiTBlock(nn.Module):
 
         # No name holds an intermediate: without gradients each is freed as soon as it was used.
         x = torch.addcmul(x, gate1, self.attn(modulated(self.norm1, x, shift1, scale1).view(within)).view(x.shape))
-        x = torch.addcmul(x, gate1, self.attn_temp(_add_position(x.view(along), temporal_position)).view(x.shape))
+        x = torch.addcmul(x, gate1, self._attend_in_time(x.view(along), temporal_position, shard).view(x.shape))
         x = x + self.cross_attn(x, text, keep, frames)
         return torch.addcmul(x, gate2, self.mlp(modulated(self.norm2, x, shift2, scale2)))
 
-
-def _add_position(x: Tensor, position: Tensor | None) -> Tensor:
-    """x [B, T, S, C], position [1, T, C] or None."""
-    return x if position is None else x + position[:, :, None].to(x.dtype)
+    def _attend_in_time(self, x: Tensor, position: Tensor | None, shard: Shard | None) -> Tensor:
+        """x [B, T, S, C], position [1, T, C] or None -> [B, T, S, C]."""
+        if position is not None:
+            x = x + position[:, :, None].to(x.dtype)
+        return self.attn_temp(x) if shard is None else shard.to_frames(self.attn_temp(shard.to_space(x)))
 
 
 class FinalLayer(nn.Module):
@@ -151,6 +176,8 @@ class STDiT(nn.Module):
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
         self.config = config
+        # Makes the part that this process works on of T frames with S tokens each; None: all of it.
+        self.sharding: Callable[[int, int], Shard] | None = None
         channels = config.hidden_size
         frames, rows, columns = config.grid
         # Part of the released files; `forward` takes the tables of the size it is given.
@@ -193,15 +220,22 @@ class STDiT(nn.Module):
 
         size, channels = x.shape[2:], config.hidden_size
         space = spatial_positions(rows, columns, channels, config.space_scale, x.device)
-        position: Tensor | None = temporal_positions(frames, channels, config.time_scale, x.device)
+        time = temporal_positions(frames, channels, config.time_scale, x.device)
+        shard = self.sharding(frames, rows * columns) if self.sharding else None
+        if shard:
+            x, time = shard.own(x, 2), shard.own(time, 1)
+            frames = x.shape[2]
         x = self.x_embedder(x)  # [B, N, C], in the type that autocast gives it, which the whole stream keeps
         x = (x.view(len(x), frames, -1, channels) + space.to(x.dtype)[:, None]).view(x.shape)
         t_emb = self.t_embedder(timestep)  # [B, C]
         t0 = self.t_block(t_emb)  # [B, 6C]
+        position: Tensor | None = time
         for block, text in zip(self.blocks, texts, strict=True):
-            x = block(x, text, t0, keep, frames, position)
+            x = block(x, text, t0, keep, frames, position, shard)
             position = None  # only the first block's temporal attention sees it
         x = self.final_layer(x, t_emb)  # [B, N, patch · out_channels]
+        if shard:
+            x = shard.gather(x)
         return unpatchify(x, size, config.patch_size).float()
 
     def encode_text(self, y: Tensor, mask: Tensor | None = None) -> EncodedText:

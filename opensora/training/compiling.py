@@ -23,7 +23,9 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     if not isinstance(blocks, nn.ModuleList):
         raise ValueError(f"{type(model).__name__} has no list of blocks to compile")
     torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+    # An error is better than a block that runs uncompiled without a word. Only the exchange of sequence parallelism
+    # has to interrupt a block, and then a checkpointed one is not compiled as a whole.
+    whole = getattr(model, "sharding", None) is None
     for block in blocks:
-        # An error is better than a block that runs uncompiled: without fullgraph the whole checkpointed part would.
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
+        block.compile(fullgraph=whole, dynamic=False, backend=backend)
     return len(blocks)
