@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.attention import CrossAttention, KeysValues, SelfAttention, TemporalAttention, keep_mask
+from opensora.models.checkpointing import Checkpointing, checkpointed
 from opensora.models.embeddings import (
     CaptionEmbedder,
     Mlp,
     PatchEmbedder,
     TimestepEmbedder,
     initialise,
-    modulate,
+    modulated,
     normal_weights,
     spatial_positions,
     temporal_positions,
@@ -103,6 +104,8 @@ class Shard(Protocol):
 class STDiTBlock(nn.Module):
     """Spatial attention, temporal attention, text attention, MLP."""
 
+    checkpointing: Checkpointing = "none"  # what the backward pass computes again
+
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
         channels, heads = config.hidden_size, config.num_heads
@@ -114,6 +117,7 @@ class STDiTBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
         self.attn_temp = TemporalAttention(channels, heads)
 
+    @checkpointed
     def forward(
         self,
         x: Tensor,
@@ -130,25 +134,22 @@ class STDiTBlock(nn.Module):
         """
         batch, tokens, channels = x.shape
         space = tokens // frames
-        table = self.scale_shift_table[None] + t0.view(batch, 6, channels)
+        table = (self.scale_shift_table[None] + t0.view(batch, 6, channels)).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=1)  # each [B, 1, C]
 
         within, along = (batch * frames, space, channels), (batch, frames, space, channels)
 
         # No name holds an intermediate: without gradients each is freed as soon as it was used.
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1).view(within)).view(x.shape)
-        x = x + gate1 * self._attend_in_time(_add_position(x.view(along), temporal_position), shard).view(x.shape)
-        x = x + self.cross_attn(x, text, keep)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = torch.addcmul(x, gate1, self.attn(modulated(self.norm1, x, shift1, scale1).view(within)).view(x.shape))
+        x = torch.addcmul(x, gate1, self._attend_in_time(x.view(along), temporal_position, shard).view(x.shape))
+        x = x + self.cross_attn(x, text, keep, frames)
+        return torch.addcmul(x, gate2, self.mlp(modulated(self.norm2, x, shift2, scale2)))
 
-    def _attend_in_time(self, x: Tensor, shard: Shard | None) -> Tensor:
-        """x [B, T, S, C] -> [B, T, S, C]."""
+    def _attend_in_time(self, x: Tensor, position: Tensor | None, shard: Shard | None) -> Tensor:
+        """x [B, T, S, C], position [1, T, C] or None -> [B, T, S, C]."""
+        if position is not None:
+            x = x + position[:, :, None].to(x.dtype)
         return self.attn_temp(x) if shard is None else shard.to_frames(self.attn_temp(shard.to_space(x)))
-
-
-def _add_position(x: Tensor, position: Tensor | None) -> Tensor:
-    """x [B, T, S, C], position [1, T, C] or None."""
-    return x if position is None else x + position[:, :, None]
 
 
 class FinalLayer(nn.Module):
@@ -162,8 +163,8 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, channels) / channels**0.5)
 
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table[None] + t_emb[:, None]).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = (self.scale_shift_table[None] + t_emb[:, None]).to(x.dtype).chunk(2, dim=1)
+        return self.linear(modulated(self.norm_final, x, shift, scale))
 
 
 class STDiT(nn.Module):
@@ -217,17 +218,18 @@ class STDiT(nn.Module):
         else:
             texts, keep = [self._embed_text(y, mask, len(x))] * config.depth, keep_mask(mask, len(x))
 
-        size, dtype, channels = x.shape[2:], self.x_embedder.proj.weight.dtype, config.hidden_size
+        size, channels = x.shape[2:], config.hidden_size
         space = spatial_positions(rows, columns, channels, config.space_scale, x.device)
-        position: Tensor | None = temporal_positions(frames, channels, config.time_scale, x.device).to(dtype)
+        time = temporal_positions(frames, channels, config.time_scale, x.device)
         shard = self.sharding(frames, rows * columns) if self.sharding else None
         if shard:
-            x, position = shard.own(x, 2), shard.own(position, 1)
+            x, time = shard.own(x, 2), shard.own(time, 1)
             frames = x.shape[2]
-        x = self.x_embedder(x)  # [B, N, C]
-        x = (x.view(len(x), frames, -1, channels) + space.to(dtype)[:, None]).view(x.shape)
+        x = self.x_embedder(x)  # [B, N, C], in the type that autocast gives it, which the whole stream keeps
+        x = (x.view(len(x), frames, -1, channels) + space.to(x.dtype)[:, None]).view(x.shape)
         t_emb = self.t_embedder(timestep)  # [B, C]
         t0 = self.t_block(t_emb)  # [B, 6C]
+        position: Tensor | None = time
         for block, text in zip(self.blocks, texts, strict=True):
             x = block(x, text, t0, keep, frames, position, shard)
             position = None  # only the first block's temporal attention sees it
