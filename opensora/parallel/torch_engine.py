@@ -89,6 +89,7 @@ class FsdpEngine(TorchEngine):
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # bfloat16 has no timestep 999; autocast casts where it should
         )
+        model.register_forward_hook(lambda *args: args[-1].clone())  # FSDP2 loses its hook where a view is changed
         for block in model.get_submodule("blocks").children():
             fully_shard(block, mesh=mesh, mp_policy=precision)
         self._model = fully_shard(model, mesh=mesh, mp_policy=precision)

@@ -181,7 +181,9 @@ def work(world: int) -> dict[str, object]:
         found[f"{size} guided"] = sample(group)
         found[f"{size} ranks"] = (group.data_rank, group.data_size, group.rank, group.size)
         if size == world:
-            wrong = Case(seed=1 + group.rank // (world - 1))  # the last rank has other latents, and drops other captions
+            wrong = Case(
+                seed=1 + group.rank // (world - 1)
+            )  # the last rank has other latents, and drops other captions
             found["other inputs"] = refusal(lambda: run(wrong, group))  # noqa: B023
             found["other captions"] = refusal(lambda: run(replace(wrong, drop=True), group))  # noqa: B023
             found["swaps"] = swaps(group)
