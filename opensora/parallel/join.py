@@ -73,6 +73,11 @@ def join(place: Place, config: TrainConfig) -> None:
     )
 
 
+def join_alone(device: torch.device) -> None:
+    """The process group of a single process, for libraries that want one."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
 def _meet(place: Place, limit_s: float) -> dist.Store:
     """A store that every process of the run has signed."""
     deadline = time.monotonic() + limit_s

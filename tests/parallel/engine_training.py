@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opensora.config import TrainConfig
+from opensora.config import ConfigError, TrainConfig
 from opensora.models.stdit import STDiT, STDiTConfig
-from opensora.parallel.engine import build_engine
+from opensora.parallel.engine import Engine, build_engine
 from opensora.training.ema import Ema
 
 SHAPE = STDiTConfig(
@@ -39,6 +39,8 @@ class Result:
     optimizer: State = field(default_factory=dict)
     ema: State = field(default_factory=dict)
     held: int = 0  # elements of this process's averages
+    kept: bool = True  # what was loaded is what would be saved
+    error: str = ""
 
 
 def build_model(trainable: str = "all") -> STDiT:
@@ -60,9 +62,13 @@ def micro_batch(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return x, t, text, mask, torch.randn(BATCH, 8, *SHAPE.input_size, generator=generator)
 
 
-def train(config: TrainConfig, start: Result | None = None) -> Result:
+def same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def train(config: TrainConfig, start: Result | None = None, engine: Engine | None = None) -> Result:
     """STEPS steps, of which the first goes on where `start` ended; the result is whole on rank 0."""
-    engine = build_engine(config)
+    engine = engine or build_engine(config)
     model = build_model(config.trainable)
     module = engine.prepare(model, config)
     ema = Ema(engine.own_parameters(), DECAY)
@@ -73,6 +79,10 @@ def train(config: TrainConfig, start: Result | None = None) -> Result:
         ema.load(engine.distribute(start.ema if engine.rank == 0 else None))
         first = STEPS
     result = Result(held=sum(share.numel() for share in ema.shares().values()))
+    if start:
+        saved = engine.model_state(), engine.optimizer_state(), engine.collect(ema.shares())
+        expected = start.model, start.optimizer, start.ema
+        result.kept = engine.rank != 0 or all(map(same, saved, expected))
     share = BATCH // engine.data_world_size
     mine = slice(engine.data_rank * share, (engine.data_rank + 1) * share)
     for step in range(first, first + STEPS):
@@ -105,7 +115,16 @@ def main(folder: Path, names: list[str]) -> None:
     for name, port in zip(names, ports, strict=False):
         os.environ["MASTER_PORT"] = port
         fields = torch.load(folder / f"{name}.job", weights_only=False)
-        result = train(fields["config"], fields["start"])
+        config: TrainConfig = fields["config"]
+        engine = None
+        if fields["pretended"]:
+            from tests.parallel.pretended_gpu import build_pretended
+
+            engine = build_pretended(config)
+        try:
+            result = train(config, fields["start"], engine)
+        except ConfigError as error:
+            result = Result(error=str(error))
         if os.environ["RANK"] == "0":
             torch.save(result, folder / f"{name}.pt")
 

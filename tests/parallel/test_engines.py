@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -35,25 +36,31 @@ def free_ports(number: int) -> list[str]:
 
 
 def run_processes(
-    folder: Path, jobs: dict[str, tuple[TrainConfig, Result | None]], python: str = sys.executable, processes: int = 2
+    folder: Path,
+    jobs: dict[str, tuple[TrainConfig, Result | None]],
+    python: str = sys.executable,
+    pretended: Sequence[str] = (),
 ) -> dict[str, Result]:
-    """Train every job in several processes, one job after the other, and return what rank 0 left of each."""
+    """Train every job in two processes, one job after the other, and return what rank 0 left of each.
+
+    Those in `pretended` do as if there were a GPU (pretended_gpu.py).
+    """
     for name, (config, start) in jobs.items():
-        torch.save({"config": config, "start": start}, folder / f"{name}.job")
+        torch.save({"config": config, "start": start, "pretended": name in pretended}, folder / f"{name}.job")
     variables = os.environ | {
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
-        "WORLD_SIZE": str(processes),
+        "WORLD_SIZE": "2",
         "MASTER_ADDR": "localhost",
         "TEST_PORTS": ",".join(free_ports(len(jobs))),
     }
     command = [python, "-m", "tests.parallel.engine_training", str(folder), *jobs]
     workers = [
         subprocess.Popen(command, cwd=ROOT, env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(processes)
+        for rank in range(2)
     ]
     try:
-        assert [worker.wait(300) for worker in workers] == [0] * processes
+        assert [worker.wait(300) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()
@@ -130,6 +137,7 @@ def test_frozen_parameters_stay_and_are_saved(engine: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_checkpoint_of_one_process_goes_on_in_two(engine: str, runs: Runs) -> None:
+    assert runs.together[f"{engine} resumed"].kept
     assert_same(runs.together[f"{engine} resumed"], runs.alone["resumed"])
 
 
