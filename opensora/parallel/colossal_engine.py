@@ -109,10 +109,8 @@ class ZeroEngine(Engine):
         start_state(self._optimizer.optim)
         learning, frozen = self._shapes_by_use()
         frozen_ranges = even_ranges(frozen, self.world_size)
-        ranges = [
-            _flat_ranges(learning, rank, self.world_size) | frozen_ranges[rank] for rank in range(self.world_size)
-        ]
-        self._shares = Shares(learning | frozen, ranges, self.rank, self.device)
+        ranges = zip(_flat_ranges(learning, self.world_size), frozen_ranges, strict=True)
+        self._shares = Shares(learning | frozen, [one | other for one, other in ranges], self.rank, self.device)
         self._frozen = {name: self._shares.cut(exact[name], name) for name in frozen_ranges[self.rank]}
         self._clip_norm = config.clip_norm
         self._fill("weights", exact)

@@ -21,7 +21,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Move towards the live weights; early steps move faster, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), 1 - decay)
+        if self._average:  # a shard of a small model may be empty
+            torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), 1 - decay)
 
     def shares(self) -> dict[str, Tensor]:
         """The averages by parameter name, each this process's part."""
