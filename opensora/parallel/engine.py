@@ -189,7 +189,7 @@ class Engine(ABC):
             shard_model(model, self._sequence)
         self._parameters = dict(model.named_parameters())
         self._learning = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
-        self._buffers = dict(model.named_buffers())
+        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # engines may round theirs
 
     def _shapes_by_use(self) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
         """Shapes of the parameters that learn, and of those that are frozen."""
@@ -224,4 +224,11 @@ def build_engine(config: TrainConfig) -> Engine:
             alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # then there is nothing to shard
             return TorchEngine(config) if config.strategy == "ddp" or alone else FsdpEngine(config)
         case "colossalai":
-            raise ConfigError("engine colossalai is not part of this version; train with engine=torch")
+            try:
+                from opensora.parallel.colossal_engine import build_colossal_engine
+            except ImportError as error:
+                raise ConfigError(
+                    f"engine colossalai cannot start ({error}); make setup-colossalai installs it beside .venv, then "
+                    "start by .venv-colossalai/bin/python -m opensora.cli, or train with engine=torch"
+                ) from error
+            return build_colossal_engine(config)

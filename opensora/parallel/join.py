@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -72,6 +73,11 @@ def join(place: Place, config: TrainConfig) -> None:
     )
 
 
+def join_alone(device: torch.device) -> None:
+    """The process group of a single process, for libraries that want one."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
 def _meet(place: Place, limit_s: float) -> dist.Store:
     """A store that every process of the run has signed."""
     deadline = time.monotonic() + limit_s
@@ -92,19 +98,21 @@ def _meet(place: Place, limit_s: float) -> dist.Store:
     except dist.DistError as error:
         keeper = "the launcher" if launched else "rank 0"
         raise JoinError(
-            f"rank {place.rank} did not reach {keeper} at {host}:{port} in {limit_s:g} s (join_timeout_s): {error}"
+            f"rank {place.rank} did not reach {keeper} at {host}:{port} in {limit_s:g} s (join_timeout_s): "
+            + str(error).splitlines()[0]
         ) from None
     store = dist.PrefixStore(f"run-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
-    store.set(f"here-{place.rank}", "")
     absent = list(range(place.world_size))
-    while absent := [rank for rank in absent if not store.check([f"here-{rank}"])]:
-        if time.monotonic() > deadline:
-            raise JoinError(
-                f"{_ranks(absent)} of {place.world_size} did not arrive in {limit_s:g} s (join_timeout_s); "
-                "look at the logs of those processes, and whether their nodes reach "
-                f"{host}:{port}"
-            )
-        time.sleep(POLL_S)
+    with suppress(dist.DistError):  # rank 0, which keeps the store, has given up already
+        store.set(f"here-{place.rank}", "")
+        while absent and time.monotonic() < deadline:
+            absent = [rank for rank in absent if not store.check([f"here-{rank}"])]
+            time.sleep(POLL_S if absent else 0)
+    if absent:
+        raise JoinError(
+            f"{_ranks(absent)} of {place.world_size} did not arrive in {limit_s:g} s (join_timeout_s); look at the "
+            f"logs of those processes, and whether their machines reach {host}:{port}"
+        )
     return store
 
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opensora.config import TrainConfig
 from opensora.parallel.engine import Engine, Kind
-from opensora.parallel.optimizer import build_optimizer
+from opensora.parallel.optimizer import build_optimizer, set_updates, start_state
 from opensora.parallel.shares import Shares, even_ranges, row_ranges
 
 
@@ -23,10 +23,18 @@ class TorchEngine(Engine):
 
     def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
         self._take(model, config)
-        self._optimizer = build_optimizer(model, config)
+        self._optimizer = self._build_optimizer(model, config)
+        start_state(self._optimizer)
         learning, frozen = self._shapes_by_use()
         ranges = zip(even_ranges(learning, self.world_size), even_ranges(frozen, self.world_size), strict=True)
         self._shares = Shares(learning | frozen, [one | other for one, other in ranges], self.rank, self.device)
+        return self._wrap(model)
+
+    def _build_optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return build_optimizer(model, config)
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        """The module that exchanges gradients when there are several processes."""
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -67,8 +75,7 @@ class TorchEngine(Engine):
             tensor.copy_(whole[name])
 
     def _set_steps(self, updates: int) -> None:
-        for name in self._learning:
-            self._optimizer.state[self._parameters[name]]["step"].fill_(updates)
+        set_updates(self._optimizer, updates)
 
 
 class FsdpEngine(TorchEngine):
@@ -89,11 +96,13 @@ class FsdpEngine(TorchEngine):
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # bfloat16 has no timestep 999; autocast casts where it should
         )
+        model.register_forward_hook(lambda *args: args[-1].clone())  # FSDP2 loses its hook where a view is changed
         for block in model.get_submodule("blocks").children():
             fully_shard(block, mesh=mesh, mp_policy=precision)
         self._model = fully_shard(model, mesh=mesh, mp_policy=precision)
         self._parameters = dict(model.named_parameters())  # the shards; the model's own are whole now and then
         self._optimizer = build_optimizer(model, config)
+        start_state(self._optimizer)
         return model
 
     @contextmanager
