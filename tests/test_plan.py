@@ -19,7 +19,7 @@ def config(profile: str = "h800", *overrides: str) -> Config:
 
 
 def test_the_published_recipe_costs_what_was_published() -> None:
-    """At the share of the peak that its own throughput was: 7.00 samples/s a GPU (its documentation), nothing recomputed."""
+    """At the share of the peak that its own throughput was: 7.00 samples/s a GPU, nothing recomputed."""
     share = 7.00 * 3 * 5.71 / 989
     settings = (f"hardware.utilization={share}", "train_video.activation_checkpointing=none")
     made = plan_stage(config("h800", *settings), "train_video", H800)
