@@ -1,22 +1,18 @@
 """Memory of a training step is foretold within a tenth of what is alive in a real one, part by part."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from opensora.config import Config, load_config
-from opensora.diffusion.rectified_flow import RectifiedFlow
 from opensora.models.stdit import STDiT
 from opensora.training.checkpoint import stdit_config
-from opensora.training.ema import Ema
-from opensora.training.train import build_optimizer
-from opensora.training_memory import Counts, stage_model, state_bytes, training_memory
+from opensora.training_memory import Counts, state_bytes, training_memory
 from tests.conftest import ROOT
 from tests.live_bytes import LiveBytes
+from tests.training_step import StepRun, nbytes
 
 MODEL = ("model.hidden_size=96", "model.num_heads=4", "model.depth=2", "train_video.frames=8", "demo.build_models=true")
 
@@ -35,10 +31,6 @@ def config(*overrides: str) -> Config:
     return load_config(ROOT / "params.yaml", "smoke", (*MODEL, *sizes, *overrides))
 
 
-def nbytes(tensors: object) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.ndim)  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("batch", [1, 4])  # where gradients, and where activations are most of the peak
@@ -48,36 +40,18 @@ def test_a_real_step_takes_what_was_foretold(dtype: str, recompute: str, batch: 
         f"train_video.activation_checkpointing={recompute}",
         f"train_video.batch_size={batch}",
     )
-    train = values.train_video
-    foretold = training_memory(values, train, train)
-    x0 = torch.randn(batch, *stage_latents(values))
-    text, mask = torch.randn(batch, 1, 8, 64), torch.ones(batch, 8)
+    foretold = training_memory(values, values.train_video, values.train_video)
     with LiveBytes() as live:
-        model = STDiT(stdit_config(values, "train_video", 4)).train()
-        if recompute == "full":
-            for block in model.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        optimizer, ema, objective = build_optimizer(model, train), Ema(model, 0.9), RectifiedFlow()
-        for step in range(2):
-            live.peak = live.now
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-                times = torch.full((batch,), 0.5)
-                loss = objective.training_losses(model, x0, times, torch.randn_like(x0), text, mask)["loss"].mean()
-            loss.backward()
-            gradients = nbytes(value.grad for value in model.parameters())
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(step)
-    moments = [value for state in optimizer.state.values() for value in state.values()]
-    assert foretold.parts["weights"] == nbytes(model.parameters())
-    assert foretold.parts["gradients"] == gradients
+        run = StepRun(values, "train_video", torch.device("cpu"))
+        run.step()
+        live.peak = live.now
+        run.step()
+    assert foretold.parts["weights"] == nbytes(run.model.parameters())
+    assert foretold.parts["gradients"] == run.gradient_bytes
+    moments = [value for state in run.optimizer.state.values() for value in state.values()]
     assert foretold.parts["optimizer"] == nbytes(moments)
-    assert foretold.parts["averages (EMA)"] == nbytes(ema.state_dict().values())
+    assert foretold.parts["averages (EMA)"] == nbytes(run.ema.state_dict().values())
     assert foretold.peak == pytest.approx(live.peak, rel=0.1)
-
-
-def stage_latents(values: Config) -> tuple[int, ...]:
-    return (values.model.in_channels, *stage_model(values, values.train_video).input_size)
 
 
 @pytest.mark.parametrize(
