@@ -65,7 +65,7 @@ def training_memory(config: Config, train: TrainConfig, shape: TrainConfig | Buc
     one = sample_activations(config, train, shape)
     batch = shape.batch_size
     copies = block_copies = 0.0
-    if precision(train) == AUTOCAST:
+    if precision(train).copies_weights:
         block_copies = cast_weight_bytes(model)
         copies = float(model.depth * block_copies)
     full = train.activation_checkpointing == "full"
@@ -167,10 +167,10 @@ def sample_activations(config: Config, train: TrainConfig, shape: TrainConfig | 
 
 
 def precision(train: TrainConfig) -> Precision:
-    """In which a stage computes: ColossalAI's shards hold bfloat16 weights, elsewhere autocast makes copies of them."""
+    """In which a stage computes: shards are gathered, or kept, in bfloat16; whole weights stay float32 and are cast."""
     if train.dtype == "float32":
         return FLOAT32
-    return BFLOAT16 if train.strategy in ("zero1", "zero2", "gemini") else AUTOCAST
+    return AUTOCAST if train.strategy == "ddp" else BFLOAT16
 
 
 def encoder_bytes(config: Config, train: TrainConfig, shape: TrainConfig | BucketConfig) -> tuple[float, float]:

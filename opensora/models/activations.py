@@ -24,10 +24,11 @@ class Precision(NamedTuple):
 
     stream: int  # residual stream, norms and modulation
     product: int  # what goes into matrix products and attention, and comes out
+    copies_weights: bool = False  # which are float32, and cast for each product
 
 
 FLOAT32 = Precision(4, 4)
-AUTOCAST = Precision(4, 2)  # float32 weights, matrix products in bfloat16 (torch.autocast)
+AUTOCAST = Precision(4, 2, copies_weights=True)  # matrix products in bfloat16 (torch.autocast)
 BFLOAT16 = Precision(2, 2)  # bfloat16 weights, the float32 ones in the optimizer (ColossalAI)
 
 
@@ -107,7 +108,7 @@ def block_bytes(
     spatial += before * (4 * product + sums)
     spatial += rest * product  # what the gate scales
 
-    casts = 3 if precision.stream != precision.product else 1  # autocast casts the input for each of q, k and v
+    casts = 3 if precision.copies_weights else 1  # autocast casts the input for each of q, k and v
     if tokens.frames == 1:
         temporal = trainable.temporal * 2 * product  # inputs of the value projection and of the last one
     else:

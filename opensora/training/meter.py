@@ -47,7 +47,7 @@ class Meter:
             price = hardware.dollars_per_gpu_hour if hardware else None
             self.dollars_per_hour = price or self.gpu.dollars_per_hour
         self.losses: Tensor | float
-        self.earlier_seconds = 0.0  # of the starts before this one
+        self.earlier_hours = 0.0  # GPU-hours of the starts before this one, which may have had other GPUs
         self.started = self.since = time.monotonic()
         self._clear()
 
@@ -85,7 +85,7 @@ class Meter:
         if self.flops:
             rates["tflops_per_gpu"] = self.flops / elapsed / self.world_size / 1e12
         if self.gpu:
-            hours = self.seconds(now) * self.world_size / 3600
+            hours = self.gpu_hours(now)
             total = hours + step * remaining * self.world_size / 3600
             rates |= {"gpu_hours": hours, "gpu_hours_total": total}
             rates |= {"dollars": hours * self.dollars_per_hour, "dollars_total": total * self.dollars_per_hour}
@@ -95,17 +95,18 @@ class Meter:
         self._clear()
         return rates
 
-    def seconds(self, now: float | None = None) -> float:
-        """Of the run so far, over all its starts."""
-        return self.earlier_seconds + (time.monotonic() if now is None else now) - self.started
+    def gpu_hours(self, now: float | None = None) -> float:
+        """Hours of all processes so far, over all starts of the run."""
+        seconds = (time.monotonic() if now is None else now) - self.started
+        return self.earlier_hours + seconds * self.world_size / 3600
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run goes on counting from; JSON."""
-        return {"seconds": self.seconds()}
+        return {"gpu_hours": self.gpu_hours()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from the time that a checkpoint holds; one without it counts from now."""
-        self.earlier_seconds = float(state.get("seconds", 0.0))
+        """Go on from the hours that a checkpoint holds; one without them counts from now."""
+        self.earlier_hours = float(state.get("gpu_hours", 0.0))
         self.started = time.monotonic()
 
     def _peak_memory(self) -> float:
