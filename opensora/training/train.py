@@ -17,13 +17,16 @@ from opensora.data.buckets import Plan, draw_seed
 from opensora.data.loader import Samples, load_batches
 from opensora.diffusion.iddpm import IDDPM
 from opensora.diffusion.rectified_flow import RectifiedFlow
+from opensora.models.checkpointing import set_activation_checkpointing
 from opensora.models.stdit import STDiT
 from opensora.parallel.engine import Engine
 from opensora.progress import progress
 from opensora.step import StepError
 from opensora.tracking import Tracker
 from opensora.training.checkpoint import EMA, MODEL, OPTIMIZER, RNG, check_same, find_newest, read_info, step_of
+from opensora.training.compiling import compile_blocks
 from opensora.training.ema import Ema
+from opensora.training.freeze import freeze
 from opensora.training.health import Health
 from opensora.training.journal import Journal
 from opensora.training.meter import Meter, describe_rates, sample_work
@@ -98,7 +101,11 @@ class Trainer:
         """
         config, engine = self.config, self.engine
         self.model.to(engine.device).train()
+        freeze(self.model, config.trainable)
+        set_activation_checkpointing(self.model, config.activation_checkpointing)
         self.forward = engine.prepare(self.model, config)
+        if config.compile:
+            compile_blocks(self.model)
         self.ema = Ema(engine.own_parameters(), config.ema_decay)
         self.objective = build_objective(config)
         self.health = Health(config, self.folder, engine.rank)

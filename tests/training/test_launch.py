@@ -53,7 +53,7 @@ def test_the_code_of_a_worker_comes_through(tmp_path: Path) -> None:
 
 
 def test_joined_processes_stop_and_go_on_also_as_another_number(encoded: Path, tmp_path: Path) -> None:
-    """One start by the launcher, told to stop; gone on with by the launcher, and by one process with twice the batch."""
+    """Started by the launcher and told to stop; gone on with by the launcher, and by one process of twice the batch."""
     two = config(*QUIET, f"{STAGE}.processes=2", f"{STAGE}.batch_size=2")
     shutil.copytree(encoded, tmp_path / "two" / "smoke" / "encode")
     image = Path("smoke") / "train_image"
