@@ -52,9 +52,12 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
         root: folder of all results, where the tracking store lies by default.
 
     Raises:
+        ConfigError: the GPU cannot hold it; nothing was loaded.
         StepError: a process failed.
         Stopped: a signal arrived; the next start goes on from the checkpoint.
     """
+    from opensora.plan import check_fits
+
     train: TrainConfig = getattr(config, stage)
     before = read_report(previous).metrics if previous else {}
     read_report(source.manifest)
@@ -63,6 +66,7 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
     folder = StepFolder(output, fingerprint(stage, settings, config.model.model_dump(), before, data))
     if folder.is_done():
         return read_report(output)
+    check_fits(config, stage)
     work = folder.open()
     (work / STOPPED).unlink(missing_ok=True)
     job = {
