@@ -61,10 +61,16 @@ def _step_command(name: str) -> Callable[..., None]:
     def command(
         profile: Profile = None, overrides: Overrides = None, params: Params = PARAMS, workdir: Workdir = RUNS
     ) -> None:
+        if name.startswith("train_"):  # answers signals itself: before torch is imported, and in its loop
+            from opensora.training.stop import listen
+
+            listen()
         from opensora.chain import run_step
 
         config = _config(params, profile, overrides)
-        _say(run_step(name, config, workdir), workdir / config.profile / name)
+        report = run_step(name, config, workdir)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started
+            _say(report, workdir / config.profile / name)
 
     command.__doc__ = SUMMARIES[name]
     return command

@@ -18,7 +18,7 @@ ALLOWED = {
     "data": LEAVES,
     "parallel": {"models", "config"},
     "training": LEAVES
-    | {"models", "diffusion", "parallel", "plan", "tracking"}
+    | {"models", "diffusion", "parallel", "tracking", "launch", "clip_file", "plan", "gpus"}
     | {"data.buckets", "data.clip_dataset", "data.dataset", "data.loader"},
     "demo": LEAVES | {"data.shards", "data.video"},
 }

@@ -140,7 +140,7 @@ def test_training_refuses_before_it_starts(tmp_path: Path) -> None:
     encoded.mkdir()
     (encoded / "report.json").write_text('{"step": "encode"}')
     (encoded / "fingerprint.json").write_text('"made here"')
-    values = config("smoke", "hardware.gpu=l40s", "train_video.batch_size=1000000")
+    values = config("smoke", "hardware.gpu=l40s", "train_video.batch_size=1000000", "train_video.processes=2")
     with pytest.raises(ConfigError, match="one l40s has"):
         run(values, "train_video", Source(encoded), None, tmp_path / "train_video", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["encode"]
