@@ -149,16 +149,16 @@ def test_micro_batches_equal_a_larger_batch(encoded: Path, tmp_path: Path) -> No
 
 
 def test_a_full_disk_ends_the_run_and_a_new_start_resumes(encoded: Path, tmp_path: Path) -> None:
-    values = config("train_video.steps=300")
+    values = config("train_video.steps=120")
     process, work = start(values, encoded, tmp_path)
     wait_for_step(work, 3)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 15, resource.RLIM_INFINITY))  # as if no space were left
     assert process.wait(90) == 1
     kept = [path.name for path in (work / "checkpoints").iterdir()]
     assert len(kept) == 1  # whole, and nothing half-written beside it
-    assert 3 <= int(kept[0].removeprefix("step-")) < 300
+    assert 3 <= int(kept[0].removeprefix("step-")) < 120
     folder = train(values, encoded, tmp_path)
-    assert [step for step, _ in losses(folder)] == list(range(1, 301))
+    assert [step for step, _ in losses(folder)] == list(range(1, 121))
 
 
 def test_other_values_do_not_wipe_out_a_stopped_run(
