@@ -28,7 +28,7 @@ class Precision(NamedTuple):
 
 
 FLOAT32 = Precision(4, 4)
-AUTOCAST = Precision(4, 2, copies_weights=True)  # matrix products in bfloat16 (torch.autocast)
+AUTOCAST = Precision(2, 2, copies_weights=True)  # all but the weights in bfloat16 (torch.autocast)
 BFLOAT16 = Precision(2, 2)  # bfloat16 weights, the float32 ones in the optimizer (ColossalAI)
 
 
@@ -108,17 +108,17 @@ def block_bytes(
     spatial += before * (4 * product + sums)
     spatial += rest * product  # what the gate scales
 
-    casts = 3 if precision.copies_weights else 1  # autocast casts the input for each of q, k and v
     if tokens.frames == 1:
         temporal = trainable.temporal * 2 * product  # inputs of the value projection and of the last one
     else:
-        temporal = trainable.temporal * casts * product + 4 * product + sums
+        temporal = trainable.temporal * product + 4 * product + sums
         if tokens.by_place // tokens.frames * config.num_heads > MAX_HEADS:  # attended in parts, which are joined
             temporal += trainable.temporal * product
     temporal += rest * product
 
     text = trainable.text * product + 2 * product + sums
-    keys_values = tokens.text * 2 * product
+    frames = tokens.by_frame // tokens.space  # each of which is given the text's keys and values
+    keys_values = frames * tokens.text * 2 * product
 
     mlp = stream + 2 * FLOAT + rest * (stream + product)
     hidden = token_bytes(config, precision)[1]
