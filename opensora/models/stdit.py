@@ -219,15 +219,16 @@ class STDiT(nn.Module):
 
         size, dtype, channels = x.shape[2:], self.x_embedder.proj.weight.dtype, config.hidden_size
         space = spatial_positions(rows, columns, channels, config.space_scale, x.device)
-        position: Tensor | None = temporal_positions(frames, channels, config.time_scale, x.device).to(dtype)
+        time = temporal_positions(frames, channels, config.time_scale, x.device).to(dtype)
         shard = self.sharding(frames, rows * columns) if self.sharding else None
         if shard:
-            x, position = shard.own(x, 2), shard.own(position, 1)
+            x, time = shard.own(x, 2), shard.own(time, 1)
             frames = x.shape[2]
         x = self.x_embedder(x)  # [B, N, C]
         x = (x.view(len(x), frames, -1, channels) + space.to(dtype)[:, None]).view(x.shape)
         t_emb = self.t_embedder(timestep)  # [B, C]
         t0 = self.t_block(t_emb)  # [B, 6C]
+        position: Tensor | None = time
         for block, text in zip(self.blocks, texts, strict=True):
             x = block(x, text, t0, keep, frames, position, shard)
             position = None  # only the first block's temporal attention sees it

@@ -194,7 +194,7 @@ def shard_model(model: nn.Module, group: SequenceGroup) -> None:
             inputs["random state, by which captions are dropped"] = _random_state(bound.arguments["x"].device)
         _check_equal(inputs, group)
 
-    handle = model.register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[arg-type]
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def _pad(x: Tensor, dim: int, length: int) -> Tensor:

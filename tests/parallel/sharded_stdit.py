@@ -1,15 +1,15 @@
 """A small STDiT run in one way after another, on one device or shared by processes; `test_sequence.py` compares.
 
-`python -m tests.parallel.sharded_stdit RANK WORLD FOLDER` is one of WORLD processes.
+`python -m tests.parallel.sharded_stdit WORLD FOLDER` starts so many processes.
 """
 
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -44,14 +45,12 @@ class Case:
 
 
 CASES = {
-    "all divides": Case(),
-    "no mask": Case(masked=False),
+    "all divides": Case(masked=False),
     "nothing divides": Case((5, 5, 9)),  # 15 tokens a frame
     "nothing divides, float64": Case((7, 3, 6), torch.float64),
     "fewer than processes": Case((3, 2, 2), torch.float64),
     "one frame": Case((1, 8, 8)),
-    "checkpointing": Case((6, 6, 6), checkpointing=True),
-    "dropped captions": Case(drop=True),
+    "checkpointing, dropped captions": Case((6, 6, 6), checkpointing=True, drop=True),
     "bf16": Case(autocast=True),
 }
 SAMPLES = tuple(Case((5, 4, 6), seed=seed) for seed in range(4))  # of a batch that data groups share
@@ -159,11 +158,21 @@ def refusal(call: Callable[[], object]) -> str:
     return "not refused"
 
 
+def refusals(group: SequenceGroup) -> dict[str, str]:
+    """What is said when the last rank has latents and text of its own, and when it also drops other captions."""
+    wrong = Case(seed=1 + group.rank // (group.size - 1))
+    return {
+        "other inputs": refusal(lambda: run(wrong, group)),
+        "other captions": refusal(lambda: run(replace(wrong, drop=True), group)),
+    }
+
+
 def swaps(group: SequenceGroup) -> list[int]:
     """How many all-to-alls a forward and a backward pass make."""
     counts = []
     model = build(Case())
     shard_model(model, group)
+    model = deepcopy(model)  # which works over the same group
     with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as calls:
         value, _ = loss(model, Case())
         counts.append(calls.call_count)
@@ -174,34 +183,34 @@ def swaps(group: SequenceGroup) -> list[int]:
 
 def work(world: int) -> dict[str, object]:
     """Everything that is compared, by size of the sequence group and name."""
-    found: dict[str, object] = {}
+    found: dict[str, object] = {"no divisor": refusal(lambda: SequenceGroup(3))}
     for size in (world, 2):
         group = SequenceGroup(size, timeout=LIMIT)
         found |= {f"{size} {name}": run(case, group) for name, case in CASES.items()}
         found[f"{size} guided"] = sample(group)
         found[f"{size} ranks"] = (group.data_rank, group.data_size, group.rank, group.size)
         if size == world:
-            wrong = Case(
-                seed=1 + group.rank // (world - 1)
-            )  # the last rank has other latents, and drops other captions
-            found["other inputs"] = refusal(lambda: run(wrong, group))  # noqa: B023
-            found["other captions"] = refusal(lambda: run(replace(wrong, drop=True), group))  # noqa: B023
+            found |= refusals(group)
             found["swaps"] = swaps(group)
         else:
             mine = SAMPLES[group.data_rank :: group.data_size]
             found["ddp"] = accumulate(mine, partial(wrap_ddp, group))
             found["fsdp"] = accumulate(mine, partial(wrap_fsdp, group))
         group.close()
-    found["no divisor"] = refusal(lambda: SequenceGroup(3))
     return found
 
 
-if __name__ == "__main__":
+def start(rank: int, world: int, folder: str) -> None:
+    """One process; leaves what it found as `<rank>.pt`."""
     torch.set_num_threads(1)
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=LIMIT)
     try:
-        torch.save(work(world), folder / f"{rank}.pt")
+        torch.save(work(world), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # Forked, and before PyTorch has started a thread: it is imported once, not once a process.
+    start_processes(start, (int(sys.argv[1]), sys.argv[2]), nprocs=int(sys.argv[1]), start_method="fork")

@@ -1,10 +1,11 @@
 """Sequence parallelism: what processes that share a sample compute is what one device computes."""
 
 import os
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 
 import pytest
 import torch
@@ -23,36 +24,40 @@ LIMIT = 300  # seconds, for all that the processes do
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of four processes found, in one launch."""
     folder = tmp_path_factory.mktemp("sequence")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, "-m", "tests.parallel.sharded_stdit", str(rank), str(WORLD), str(folder)]
-            with log.open("w") as out:
-                processes.append(
-                    subprocess.Popen(
-                        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
-                    )
-                )
-        end = time.monotonic() + LIMIT
-        codes = [process.wait(timeout=max(0.1, end - time.monotonic())) for process in processes]
-        assert codes == [0] * WORLD, "\n".join(f"rank {log.stem}: {log.read_text()[-2000:]}" for log in logs)
-        yield [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
-    finally:
-        for process in processes:
-            process.kill()
+    command = [sys.executable, "-m", "tests.parallel.sharded_stdit", str(WORLD), str(folder)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # all of them can be killed
+        )
+        try:
+            code = process.wait(timeout=LIMIT)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    assert code == 0, (folder / "log").read_text()[-5000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@cache
+def one_device(case: Case) -> dict[str, Tensor]:
+    return sharded_stdit.run(case)
 
 
 def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Each tensor's difference in norm, relative to the expected one."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert value.norm() > 1e-4, f"nothing to compare in {name}"
+        assert value.any(), f"nothing to compare in {name}"
         error = float((actual[name] - value).norm() / value.norm())
         assert error <= tolerance, f"{name} differs by {error:.1e}"
 
@@ -60,23 +65,23 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: f
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "bf16"])
 def test_output_loss_and_gradients_are_those_of_one_device(ranks: list[dict], name: str, size: int) -> None:
-    expected = sharded_stdit.run(CASES[name])
-    del expected["kept"]
+    expected = {key: value for key, value in one_device(CASES[name]).items() if key != "kept"}
     for rank in ranks:
         found = {key: value for key, value in rank[f"{size} {name}"].items() if key != "kept"}
         compare(found, expected, 1e-10 if CASES[name].dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bf16_autocast_gives_the_output_of_one_device(ranks: list[dict], size: int) -> None:
-    expected, exact = sharded_stdit.run(CASES["bf16"]), sharded_stdit.run(CASES["all divides"])
+def test_bf16_autocast_is_no_further_from_float32_than_on_one_device(ranks: list[dict], size: int) -> None:
+    def flat(found: dict[str, Tensor]) -> Tensor:
+        return torch.cat([value.flatten() for name, value in found.items() if name not in ("out", "loss", "kept")])
+
+    expected, exact = one_device(CASES["bf16"]), one_device(Case())
+    error = (expected["out"] - exact["out"]).norm()
     for rank in ranks:
         found = rank[f"{size} bf16"]
-        for name, value in expected.items():
-            if name != "kept":
-                # Nearer to one device in bf16 than that is to float32.
-                error = (value - exact[name]).norm()
-                assert (found[name] - value).norm() <= 0.5 * error + 1e-6, name
+        assert (found["out"] - expected["out"]).norm() <= 0.1 * error  # what is exchanged is rounded already
+        assert (flat(found) - flat(exact)).norm() <= 1.2 * (flat(expected) - flat(exact)).norm()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -104,12 +109,11 @@ def test_frames_and_locations_are_swapped_once_each_way_a_block(ranks: list[dict
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["all divides", "checkpointing"])
-def test_a_process_keeps_its_share_of_the_activations(ranks: list[dict], name: str, size: int) -> None:
-    whole = sharded_stdit.run(CASES[name])["kept"]
+def test_a_process_keeps_its_share_of_the_activations(ranks: list[dict], size: int) -> None:
+    whole = one_device(CASES["all divides"])["kept"]
     for rank in ranks:
-        # The text, which all keep whole, is not small beside this small video.
-        print(name, size, rank[f"{size} {name}"]["kept"] / whole)
+        # Text and timestep, which every process keeps whole, are not nothing beside this small video.
+        assert rank[f"{size} all divides"]["kept"] / whole < 1 / size + 0.03
 
 
 def test_inputs_that_differ_within_a_group_are_named(ranks: list[dict]) -> None:
