@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that outlives its test
 
-# What a killed process had half compiled in the folder that all processes of a user share would fail every test after it.
+# What a killed process left half compiled in the folder that a user's processes share would fail all tests after it.
 _compiled = tempfile.mkdtemp(prefix="opensora-inductor-")
 atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled
