@@ -1,7 +1,9 @@
-# setup, demo, test, lint, clean: everything runs inside .venv, which `setup` makes.
+# setup, setup-colossalai, demo, test, lint, clean: everything runs inside .venv, which `setup` makes.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+COLOSSALAI := .venv-colossalai
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 export MLFLOW_DISABLE_TELEMETRY = true
 export MLFLOW_MODEL_CATALOG_URI =
@@ -9,7 +11,7 @@ export DVC_NO_ANALYTICS = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test lint clean
+.PHONY: setup setup-colossalai demo test lint clean
 
 setup: $(STAMP)
 
@@ -21,12 +23,24 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
+setup-colossalai: $(COLOSSALAI)/.installed
+
+# Its own packages, and behind them all of .venv's, which stays as it is.
+$(COLOSSALAI)/.installed: $(STAMP) constraints-colossalai.txt
+	test -x $(COLOSSALAI)/bin/python || $(BIN)/python -m venv --without-pip $(COLOSSALAI)
+	$(COLOSSALAI)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $@.part
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > "$$(cat $@.part)/project.pth"
+	$(COLOSSALAI)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-colossalai.txt
+	mv $@.part $@
+
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 	$(BIN)/opensora results
 
+# With RETRY=1, tests that failed are run once more, alone on the machine, and what fails again fails.
+RERUN = echo && echo "Some tests failed; they alone are run once more." && $(PYTEST) --last-failed --last-failed-no-failures none
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile $(if $(RETRY),|| { test $$? = 1 && $(RERUN); })
 
 lint: setup
 	$(BIN)/ruff check .
@@ -34,4 +48,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs outputs .pytest_cache .mypy_cache .ruff_cache .dvc/cache .dvc/tmp
+	rm -rf .venv $(COLOSSALAI) runs outputs .pytest_cache .mypy_cache .ruff_cache .dvc/cache .dvc/tmp

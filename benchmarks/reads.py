@@ -55,8 +55,8 @@ def by_decord(read: Read) -> np.ndarray:
 
 def by_us(read: Read) -> np.ndarray:
     """The reader of `ClipDataset`."""
-    data, size, indices = read
-    return read_crop(data, indices, size, SIZE)
+    data, _, indices = read
+    return read_crop(data, indices, SIZE)
 
 
 def main() -> None:

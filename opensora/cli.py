@@ -1,4 +1,4 @@
-"""The command line: one verb a step, and `run`, `generate`, `weights`, `results`, `config` around them."""
+"""The command line: one verb a step, and `run`, `plan`, `generate`, `weights`, `results`, `config` around them."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import typer
 from opensora.chain import ALL_STEPS, SUMMARIES
 from opensora.cli_options import PARAMS, RUNS, Params, Profile, Workdir
 from opensora.data_cli import data
+from opensora.plan_cli import plan
 
 # Nothing here calls home; the libraries behind the steps read these when they are imported.
 QUIET = {
@@ -35,6 +36,7 @@ app = typer.Typer(
 weights = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at released weights, and import them.")
 app.add_typer(weights, name="weights")
 app.add_typer(data, name="data")
+app.command()(plan)
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as in --set train_video.lr=2e-5.")]
 Source = Annotated[
@@ -59,10 +61,16 @@ def _step_command(name: str) -> Callable[..., None]:
     def command(
         profile: Profile = None, overrides: Overrides = None, params: Params = PARAMS, workdir: Workdir = RUNS
     ) -> None:
+        if name.startswith("train_"):  # answers signals itself: before torch is imported, and in its loop
+            from opensora.training.stop import listen
+
+            listen()
         from opensora.chain import run_step
 
         config = _config(params, profile, overrides)
-        _say(run_step(name, config, workdir), workdir / config.profile / name)
+        report = run_step(name, config, workdir)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher started
+            _say(report, workdir / config.profile / name)
 
     command.__doc__ = SUMMARIES[name]
     return command
@@ -322,9 +330,11 @@ def main() -> None:
             print(RESUME, file=sys.stderr)
         raise
     except OSError as error:
-        if error.errno != 28:  # ENOSPC
+        from opensora.step import UNWRITABLE
+
+        if error.errno not in UNWRITABLE:
             raise
-        print("error: the disk is full; free some space and start the same command again to resume", file=sys.stderr)
+        print(f"error: {UNWRITABLE[error.errno]} and start the same command again to resume", file=sys.stderr)
         sys.exit(1)
 
 

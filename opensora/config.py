@@ -130,7 +130,7 @@ class ScoreConfig(Section):
     clip: str = Field("", description="CLIP model, folder below weights_dir; empty: neither of the next two")
     aesthetic_head: str = Field("", description="linear or MLP head over CLIP's image features, file below weights_dir")
     min_aesthetic: float | None = Field(None, description="aesthetic score, about 1…10")
-    min_text_match: float | None = Field(None, description="cosine of CLIP's features of frames and given caption")
+    min_text_match: float | None = Field(None, description="cosine of CLIP's features of frames and caption")
     workers: Positive = Field(2, description="worker processes")
 
 
@@ -251,8 +251,8 @@ class TrainConfig(Section):
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
     keep_every: NonNegative = Field(0, description="steps; checkpoints at its multiples are kept for good; 0: none")
     spike_deviations: PositiveFloat | None = Field(
-        20.0,
-        description="a step is skipped whose gradient norm is that many deviations above the last ones; null: none",
+        8.0,
+        description="a step is skipped whose logarithm of the gradient norm is that far above its mean; null: none",
     )
     max_bad_steps: Positive = Field(5, description="skipped steps in a row before the run rolls back")
     max_rollbacks: NonNegative = Field(

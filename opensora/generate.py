@@ -17,10 +17,10 @@ from opensora.config import ConfigError, Sampler, TrainConfig
 from opensora.diffusion.dpm_solver import DpmSolver
 from opensora.diffusion.iddpm import DDIM, IDDPM
 from opensora.diffusion.rectified_flow import RectifiedFlow
+from opensora.generation_memory import Generation, check_memory
 from opensora.models.stdit import STDiT
 from opensora.models.text import embed_texts
 from opensora.models.vae import FrameVAE
-from opensora.plan import Generation, check_memory
 from opensora.progress import progress
 from opensora.step import fingerprint
 from opensora.training.checkpoint import Checkpoint, describe_checkpoint, load_checkpoint

@@ -1,136 +1,249 @@
-"""How much memory generation will need, said before anything is loaded, and what would fit instead."""
+"""What a stage of training will need, said before anything is loaded: memory, time, GPU-hours and dollars.
 
-import json
+Memory is counted (`training_memory`), and so is work (`models/flops`). Time is work over the share of the GPU's peak
+that `hardware.utilization` assumes; it holds all that is not counted: reading, communication, the optimizer.
+"""
+
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from opensora.config import UserError
-from opensora.models.stdit import STDiT, STDiTConfig
+from opensora.config import TRAIN_STEPS, BucketConfig, Config, ConfigError, TrainConfig
+from opensora.gpus import GIB, Gpu, gpu_here, known_gpu
+from opensora.models.flops import Trainable, training_flops
+from opensora.training_memory import T5_PARAMETERS, Memory, count_parameters, stage_model, training_memory
 
-GIB = 2**30
-BASE = 0.6 * GIB  # Python, PyTorch and the other libraries
-# Tensors of [B, N, C] that are alive at the peak of a pass without gradients, which lies in a block's MLP: the block's
-# input, the residual stream, the modulated input, four of the hidden layer, the output; and one for all the rest.
-LIVE_TENSORS = 9
-LIVE_VAE_TENSORS = 8  # of the first width at full size, at the peak of the VAE's decoder
-BYTES = {"float32": 4, "bfloat16": 2}
+if TYPE_CHECKING:
+    import torch
 
+# What Open-Sora 1.0 says it took on H800s, encoders in the step included; the second for fine-tuning at 16x512x512 and
+# then at 64x512x512, which the profile h800 has as one stage.
+PUBLISHED_GPU_HOURS = {(16, 256, 256): 2808.0, (64, 512, 512): 1920.0}  # by frames, height, width
+PUBLISHED_PROFILE = "h800"
+# Of Stable Diffusion's VAE, encoding; counted by PyTorch's counter at 256 and 512 pixels, its attention included.
+VAE_FLOPS_PER_PIXEL = 4.2e6
+MAX_BATCH = 2**16  # where the search for the largest batch ends
 
-class MemoryShort(UserError):
-    """The machine has too little memory for what was asked; the message says what would fit."""
+Shape = TrainConfig | BucketConfig
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What is to be generated, as far as it decides memory."""
+class StagePlan:
+    """One stage on a number of GPUs. Figures of time and money are None when the kind of GPU is not known."""
 
-    model: STDiTConfig  # `input_size` is the latents' size
-    batch_size: int  # videos at once
-    guided: bool  # two passes in one batch
-    dtype: str  # of the model
-    vae: Path
-    vae_scale: int  # pixels a latent column
-    text_encoder: Path
-    text_dtype: str
+    stage: str
+    gpus: int
+    shape: tuple[int, int, int]  # frames, height, width of the samples that need most memory
+    batch_size: int  # of these, a process and micro-batch
+    settings: tuple[str, ...]  # what decides memory
+    parameters: int
+    trainable: int
+    memory: Memory
+    usable: float | None  # bytes a GPU has for tensors
+    largest_batch: int | None  # samples of that shape that would fit
+    largest_frames: int | None  # of one such sample
+    steps: int
+    samples_per_step: float
+    step_flops: float  # a GPU
+    step_seconds: float | None
+    gpu_hours: float | None
+    dollars: float | None
+    published_gpu_hours: float | None
 
-    def parts(self) -> dict[str, dict[str, float]]:
-        """Bytes by part for the three phases; the text encoder has left when the model comes."""
-        import torch
+    @property
+    def fits(self) -> bool:
+        """Whether the step's peak is within what the GPU has; True when the kind is not known."""
+        return self.usable is None or self.memory.peak <= self.usable
 
-        with torch.device("meta"):
-            parameters = sum(value.numel() for value in STDiT(self.model).parameters())
-        size = BYTES[self.dtype]
-        frames, rows, columns = self.model.grid
-        rows_of_batch = self.batch_size * (2 if self.guided else 1)
-        tokens = frames * rows * columns * rows_of_batch
-        model = {"model": float(parameters * size)}
-        _, height, width = self.model.input_size
-        pixels = height * width * self.vae_scale**2
-        video = {"videos": float(self.batch_size * frames * pixels * 3)}
-        return {
-            "text": {"text encoder": text_encoder_bytes(self.text_encoder, BYTES[self.text_dtype])},
-            "sampling": model | {"activations": float(LIVE_TENSORS * tokens * self.model.hidden_size * size)},
-            "decoding": model | video | vae_bytes(self.vae, frames * self.batch_size * pixels, size),
-        }
+    @property
+    def days(self) -> float | None:
+        """Of the whole stage, on all GPUs at once."""
+        return None if self.gpu_hours is None else self.gpu_hours / self.gpus / 24
 
-    def peak(self) -> float:
-        """Bytes at the most demanding phase."""
-        return BASE + max(sum(part.values()) for part in self.parts().values())
-
-
-def text_encoder_bytes(folder: Path, size: int) -> float:
-    """Bytes of a T5 encoder's weights, from its config.json; of another encoder, those of its files."""
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "t5":
-        return float(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
-    width, layers = config["d_model"], config["num_layers"]
-    attention = 4 * width * config["d_kv"] * config["num_heads"]
-    matrices = 3 if "gated" in config.get("feed_forward_proj", "") else 2
-    return float(size * (config["vocab_size"] * width + layers * (attention + matrices * width * config["d_ff"])))
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self) | {"fits": self.fits, "days": self.days}
 
 
-def vae_bytes(folder: Path, pixels: int, size: int) -> dict[str, float]:
-    """Bytes of a VAE's weights and of one micro-batch that it decodes, of a video of that many pixels."""
-    from opensora.models.vae import BATCH_PIXELS
-
-    config = json.loads((folder / "config.json").read_text())
-    weights = sum(path.stat().st_size for path in folder.glob("diffusion_pytorch_model.*"))
-    live = LIVE_VAE_TENSORS * config["block_out_channels"][0] * size
-    return {"VAE": float(weights), "one micro-batch of frames": float(min(pixels, BATCH_PIXELS) * live)}
-
-
-def free_memory(device: str) -> float:
-    """Bytes that can be taken now on the device, for "cpu" within the limit of the container, too."""
-    if device != "cpu":
-        import torch
-
-        return float(torch.cuda.mem_get_info()[0])
-    import psutil
-
-    free = float(psutil.virtual_memory().available)
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, float(text) - float(used.read_text()))
-    return free
-
-
-def check_memory(generation: Generation, device: str) -> None:
-    """Refuse what would not fit.
-
-    Raises:
-        MemoryShort: says by parts what is needed, what is free, and the nearest settings that fit.
-    """
-    free, needed = free_memory(device), generation.peak()
-    if needed <= free:
-        return
-    phase, parts = max(generation.parts().items(), key=lambda item: sum(item[1].values()))
-    detail = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
-    fitting = next((how for how, other in _smaller(generation) if other.peak() <= free), "")
-    advice = f"it would fit with {fitting}" if fitting else "no smaller setting of these fits this machine"
-    raise MemoryShort(
-        f"this needs about {needed / GIB:.1f} GiB of memory ({phase}: {detail}), and {free / GIB:.1f} GiB are free on "
-        f"{device}; {advice}"
+def plan_stage(config: Config, stage: str, gpu: Gpu | None) -> StagePlan:
+    """Count one stage of a resolved profile; its `processes` are the GPUs."""
+    train: TrainConfig = getattr(config, stage)
+    worst = max(shapes(train), key=lambda shape: training_memory(config, train, shape).peak)
+    counts = count_parameters(config.model, train.trainable)
+    size = (worst.frames, worst.height, worst.width)
+    one = with_value(worst, "batch_size", 1)
+    flops = step_flops(config, train)
+    seconds = hours = dollars = None
+    if gpu and config.hardware.utilization:
+        seconds = flops / (gpu.tflops * 1e12 * config.hardware.utilization)
+        hours = seconds * train.steps * train.processes / 3600
+        dollars = hours * (config.hardware.dollars_per_gpu_hour or gpu.dollars_per_hour)
+    return StagePlan(
+        stage=stage,
+        gpus=train.processes,
+        shape=size,
+        batch_size=worst.batch_size,
+        settings=describe_settings(train),
+        parameters=counts.all,
+        trainable=counts.trainable,
+        memory=training_memory(config, train, worst),
+        usable=gpu.usable if gpu else None,
+        largest_batch=largest(config, train, worst, "batch_size", gpu.usable) if gpu else None,
+        largest_frames=largest(config, train, one, "frames", gpu.usable) if gpu else None,
+        steps=train.steps,
+        samples_per_step=samples_per_step(train),
+        step_flops=flops,
+        step_seconds=seconds,
+        gpu_hours=hours,
+        dollars=dollars,
+        published_gpu_hours=PUBLISHED_GPU_HOURS.get(size) if config.profile == PUBLISHED_PROFILE else None,
     )
 
 
-def _smaller(generation: Generation) -> Iterator[tuple[str, Generation]]:
-    """Settings that need less, the least painful first."""
-    while generation.batch_size > 1:
-        generation = replace(generation, batch_size=generation.batch_size // 2)
-        yield f"--batch-size {generation.batch_size}", generation
-    how = "--batch-size 1"
-    if generation.dtype == "float32":
-        generation = replace(generation, dtype="bfloat16")
-        how += " --dtype bfloat16"
-        yield how, generation
-    frames, height, width = generation.model.input_size
-    while frames > 1:
-        frames //= 2
-        smaller = replace(generation, model=replace(generation.model, input_size=(frames, height, width)))
-        yield f"{how} --frames {frames}", smaller
-    while min(height, width) > 1:
-        height, width = max(height // 2, 1), max(width // 2, 1)
-        smaller = replace(generation, model=replace(generation.model, input_size=(1, height, width)))
-        scale = generation.vae_scale
-        yield f"{how} --frames 1 --height {height * scale} --width {width * scale}", smaller
+def shapes(train: TrainConfig) -> tuple[Shape, ...]:
+    """Of all batches of a stage: its own, those of its buckets, and single frames when they are mixed in."""
+    return (train, *train.buckets, *([image_shape(train)] if train.image_share else []))
+
+
+def image_shape(train: TrainConfig) -> BucketConfig:
+    """Of the batches of single frames in joint training."""
+    return BucketConfig(
+        frames=1, height=train.height, width=train.width, batch_size=train.image_batch_size, frame_interval=1
+    )
+
+
+def step_flops(config: Config, train: TrainConfig) -> float:
+    """FLOPs of one step on each GPU; with several buckets those of the one with most work."""
+    shapes: list[Shape] = [train, *train.buckets]
+    videos = max(shape.batch_size * sample_flops(config, train, shape) for shape in shapes)
+    images = train.image_batch_size * sample_flops(config, train, image_shape(train)) if train.image_share else 0.0
+    return train.accumulate * ((1 - train.image_share) * videos + train.image_share * images)
+
+
+def sample_flops(config: Config, train: TrainConfig, shape: Shape) -> float:
+    """FLOPs of one sample on each of the GPUs that share it: STDiT's, and with clips the encoders', in full on each."""
+    model = stage_model(config, shape)
+    flops = float(
+        training_flops(
+            model,
+            model.input_size,
+            config.model.model_max_length,
+            Trainable.named(train.trainable),
+            train.activation_checkpointing == "full",
+            train.sequence_parallel,
+        )
+    )
+    if train.data == "clips":
+        flops += VAE_FLOPS_PER_PIXEL * shape.frames * shape.height * shape.width
+        flops += 2.0 * T5_PARAMETERS * config.encode.max_tokens
+    return flops
+
+
+def samples_per_step(train: TrainConfig) -> float:
+    """Over all GPUs; the stage's own shape stands for its buckets."""
+    videos, images = train.batch_size, train.image_batch_size
+    mean = (1 - train.image_share) * videos + train.image_share * images
+    return mean * train.accumulate * train.processes / train.sequence_parallel
+
+
+def largest(config: Config, train: TrainConfig, shape: Shape, name: str, usable: float) -> int:
+    """The largest `batch_size` or `frames` of a shape that fits; 0 when not even one does."""
+
+    def fits(value: int) -> bool:
+        return training_memory(config, train, with_value(shape, name, value)).peak <= usable
+
+    low, high = 0, 1
+    while high <= MAX_BATCH and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def with_value(shape: Shape, name: str, value: int) -> BucketConfig:
+    """A shape that differs in one value."""
+    values = {field: getattr(shape, field) for field in BucketConfig.model_fields}
+    return BucketConfig(**{**values, name: value})
+
+
+def describe_settings(train: TrainConfig) -> tuple[str, ...]:
+    """What decides memory, beside the shape of the samples."""
+    words = [train.strategy, train.dtype, f"recompute: {train.activation_checkpointing}"]
+    words += [f"{train.sequence_parallel} share a sample"] if train.sequence_parallel > 1 else []
+    words += [f"{train.accumulate} micro-batches"] if train.accumulate > 1 else []
+    words += [f"{train.trainable} learns"] if train.trainable != "all" else []
+    return (*words, *(["clips encoded in the step"] if train.data == "clips" else []))
+
+
+def check_fits(config: Config, stage: str, device: "torch.device | None" = None) -> None:
+    """Refuse a stage that the GPU's memory cannot hold, before anything is loaded.
+
+    Args:
+        device: that of this process: its kind counts before `hardware.gpu`. A CPU is not checked, and neither is a GPU
+            whose kind is known from nothing. None stands for a GPU of the kind `hardware.gpu`.
+
+    Raises:
+        ConfigError: names the parts that take most, and the settings that would fit.
+    """
+    gpu = known_gpu(config.hardware.gpu) if config.hardware.gpu else None
+    if device is not None:
+        gpu = (gpu_here(device.index or 0) or gpu) if device.type == "cuda" else None
+    if gpu is None:
+        return
+    train: TrainConfig = getattr(config, stage)
+    memory, shape = max(
+        ((training_memory(config, train, shape), shape) for shape in shapes(train)), key=lambda pair: pair[0].peak
+    )
+    if memory.peak <= gpu.usable:
+        return
+    biggest = sorted(memory.parts, key=lambda name: -memory.parts[name])[:3]
+    parts = ", ".join(f"{name} {memory.parts[name] / GIB:.1f}" for name in biggest)
+    advice = "take a smaller height and width"
+    for how, other in smaller(stage, train):
+        if worst_peak(config, other) <= gpu.usable:
+            advice = f"it fits with {how}"
+            break
+        frames = largest(config, other, with_value(shape, "batch_size", 1), "frames", gpu.usable)
+        if frames and other.batch_size == 1:
+            advice = f"the longest sample that fits has {frames} frames, with {how}"
+    raise ConfigError(
+        f"{stage} of {shape.batch_size} x {shape.frames}x{shape.height}x{shape.width} "
+        f"({', '.join(describe_settings(train))}) takes {memory.peak / GIB:.1f} GiB on each GPU, and one {gpu.name} "
+        f"has {gpu.usable / GIB:.1f} for it ({parts}); {advice}"
+    )
+
+
+def worst_peak(config: Config, train: TrainConfig) -> float:
+    """Bytes of the largest shape."""
+    return max(training_memory(config, train, shape).peak for shape in shapes(train))
+
+
+def smaller(stage: str, train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """Settings that need less, the least painful first, each with those before it: how to set them, and the result."""
+    changes: dict[str, str | int] = {}
+
+    def now(**change: str | int) -> tuple[str, TrainConfig]:
+        changes.update(change)
+        how = " ".join(f"--set {stage}.{name}={value}" for name, value in changes.items())
+        return how, train.model_copy(update=changes)
+
+    if train.activation_checkpointing == "none":
+        yield now(activation_checkpointing="selective")
+    if train.activation_checkpointing != "full":
+        yield now(activation_checkpointing="full")
+    if train.processes > 1 and train.strategy in ("ddp", "zero1", "zero2"):
+        yield now(strategy="fsdp" if train.engine == "torch" else "gemini")
+    batch, accumulate = train.batch_size, train.accumulate
+    while batch % 2 == 0 and not train.buckets and not train.image_share:  # as many samples a step, in more parts
+        batch, accumulate = batch // 2, accumulate * 2
+        yield now(batch_size=batch, accumulate=accumulate)
+    shared = train.sequence_parallel
+    while train.processes % (2 * shared) == 0 and shared < 8:  # within a node
+        shared *= 2
+        yield now(sequence_parallel=shared)
+
+
+def plan_stages(config: Config, gpu: Gpu | None, stages: tuple[str, ...] = TRAIN_STEPS) -> list[StagePlan]:
+    """The plans of several stages."""
+    return [plan_stage(config, stage, gpu) for stage in stages]

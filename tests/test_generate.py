@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora import plan
+from opensora import generation_memory
 from opensora.clip_file import read_note
 from opensora.config import ConfigError
 from opensora.data.video import probe, read_frames
@@ -29,7 +29,7 @@ from opensora.generate import (
     generate,
     read_prompts,
 )
-from opensora.plan import MemoryShort
+from opensora.generation_memory import MemoryShort
 from opensora.training.checkpoint import Checkpoint, CheckpointError, describe_checkpoint, load_checkpoint
 from tests.conftest import ROOT
 
@@ -214,7 +214,7 @@ def test_sizes_that_do_not_divide_name_the_nearest(checkpoint: Path, value: int,
 def test_too_little_memory_is_said_before_anything_is_loaded(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "free_memory", lambda device: 0.9 * plan.GIB)
+    monkeypatch.setattr(generation_memory, "free_memory", lambda device: 0.9 * generation_memory.GIB)
     pipeline = Pipeline(describe_checkpoint(checkpoint).changed({"frames": 20_000}))
     with pytest.raises(MemoryShort, match=r"it would fit with --batch-size 1 --dtype bfloat16 --frames \d+"):
         next(iter(generate(pipeline, PROMPTS[:1], [1], tmp_path, FLOW)))

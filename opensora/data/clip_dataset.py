@@ -3,7 +3,7 @@
 Shapes: `T` frames of a sample, `H`, `W` frame size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,15 @@ class ClipDataset:
         self.shards, self.buckets = shards, tuple(buckets)
         self.clips = ClipTable(folder, ("shard", "offset", "size", "caption"))
 
-    def sample(self, draw: Draw) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which is told the rows."""
+        return vars(self) | {"clips": None}
+
+    def sample(self, draw: Draw, clip: Mapping[str, Any]) -> dict[str, Any]:
         """One random temporal crop.
+
+        Args:
+            clip: the draw's row of `clips`.
 
         Returns:
             frames uint8 [T, H, W, 3], caption, clip_id, noise_seed, and the draw itself.
@@ -44,23 +51,19 @@ class ClipDataset:
         Raises:
             StepError: the shard is missing or short, or the clip cannot be decoded; the message names both.
         """
-        row, bucket = draw.row, self.buckets[draw.bucket]
-        clip_id, shard = self.clips.text("clip_id", row), self.clips.text("shard", row)
-        data = read_bytes(
-            self.shards / shard, self.clips.number("offset", row), self.clips.number("size", row), clip_id
-        )
-        crop = draw.crop(int(self.clips.frames[row]), bucket)
-        source = int(self.clips.heights[row]), int(self.clips.widths[row])
+        bucket, path = self.buckets[draw.bucket], self.shards / clip["shard"]
+        crop = draw.crop(clip["frames"], bucket)
         try:
-            frames = read_crop(data, range(crop.start, crop.stop, crop.step), source, (bucket.height, bucket.width))
+            data = read_bytes(path, clip["offset"], clip["size"], clip["clip_id"])
+            frames = read_crop(data, range(crop.start, crop.stop, crop.step), (bucket.height, bucket.width))
         except ClipError as error:
             raise StepError(
-                f"clip {clip_id} in {self.shards / shard} cannot be decoded: {error}; run `opensora split` again"
+                f"clip {clip['clip_id']} in {path} cannot be decoded: {error}; run `opensora split` again"
             ) from error
         return {
             "frames": torch.from_numpy(frames),
-            "caption": self.clips.text("caption", row),
-            "clip_id": clip_id,
+            "caption": clip["caption"],
+            "clip_id": clip["clip_id"],
             "noise_seed": draw.noise_seed,
             "draw": draw,
         }

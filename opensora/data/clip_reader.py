@@ -1,20 +1,19 @@
 """Reading normalised clips at the size that they are used at: every frame for encoding, a few for training.
 
-Both scale with FFmpeg's bicubic filter, so that training from clips sees what the encode step saw.
+Both go through one decoder and one filter, so that training from clips sees the pixels that the encode step saw.
 
 Shapes: `T` frames, `H`, `W` frame size.
 """
 
 import io
-import logging
 from collections.abc import Iterator, Sequence
-from functools import cache
+from contextlib import contextmanager
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 
-log = logging.getLogger(__name__)
 Size = tuple[int, int]  # height and width, pixels
 
 
@@ -34,90 +33,67 @@ def cut_centre(frames: np.ndarray, size: Size) -> np.ndarray:
     return np.ascontiguousarray(frames[..., top : top + size[0], left : left + size[1], :])
 
 
+class _Scaler:
+    """Frames at one size, by FFmpeg's bicubic filter; the filter is kept from frame to frame."""
+
+    def __init__(self, size: Size) -> None:
+        self.size, self._filter = size, VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        """uint8 [height, width, 3]: scaled to cover the size, then cut at the centre."""
+        height, width = cover_size((frame.height, frame.width), self.size)
+        # One thread: a loader worker has one core, and so has an encoding worker beside its model.
+        scaled = self._filter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
+        return cut_centre(scaled.to_ndarray(), self.size)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[InputContainer]:
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            if not container.streams.video:
+                raise ClipError("it holds no video")
+            container.streams.video[0].codec_context.thread_count = 1
+            yield container
+    except av.FFmpegError as error:
+        raise ClipError(error.strerror or str(error)) from error
+
+
 def scaled_frames(data: bytes, sizes: Sequence[Size]) -> Iterator[list[np.ndarray]]:
-    """Every frame of a clip, uint8 [height, width, 3] at each size: scaled to cover it, then cut at the centre.
+    """Every frame of a clip, uint8 [height, width, 3] at each size.
 
     Raises:
         ClipError: it does not decode.
     """
-    scalers = [VideoReformatter() for _ in sizes]  # one a size, as each keeps its filter
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            for frame in container.decode(video=0):
-                made = []
-                for scaler, size in zip(scalers, sizes, strict=True):
-                    height, width = cover_size((frame.height, frame.width), size)
-                    pixels = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-                    made.append(cut_centre(pixels, size))
-                yield made
-    except (av.FFmpegError, IndexError) as error:  # IndexError: no video stream
-        raise ClipError(getattr(error, "strerror", None) or str(error)) from error
+    scalers = [_Scaler(size) for size in sizes]
+    with _opened(data) as container:
+        for frame in container.decode(video=0):
+            yield [scaler(frame) for scaler in scalers]
 
 
-def read_crop(data: bytes, indices: range, source: Size, size: Size) -> np.ndarray:
-    """Frames of a normalised clip, uint8 [T, H, W, 3]: scaled to cover `size`, then cut at the centre.
-
-    decord scales in the decoder, before the colours are converted; where it cannot be imported, PyAV does the same.
+def read_crop(data: bytes, indices: range, size: Size) -> np.ndarray:
+    """Frames of a normalised clip, uint8 [T, height, width, 3]; of the others, those after a key frame are decoded.
 
     Args:
         data: the mp4.
         indices: frames, rising.
-        source: height and width of the clip.
-        size: height and width wanted.
 
     Raises:
         ClipError: it does not decode, or has fewer frames.
     """
-    height, width = cover_size(source, size)
-    read = _read_decord if has_decord() else _read_pyav
-    return cut_centre(read(data, indices, height, width), size)
-
-
-@cache
-def has_decord() -> bool:
-    """Whether decord can be imported; said once where it cannot."""
-    try:
-        import decord  # noqa: F401
-    except (ImportError, OSError) as error:
-        log.warning("clips are read with PyAV, as decord cannot be imported (%s)", error)
-        return False
-    return True
-
-
-def _read_decord(data: bytes, indices: range, height: int, width: int) -> np.ndarray:
-    from decord import DECORDError, VideoReader
-
-    try:
-        # One thread: a loader worker has one core, and more cost processor time for frames that nobody asked for.
-        reader = VideoReader(io.BytesIO(data), width=width, height=height, num_threads=1)
-        if len(reader) <= indices[-1]:
-            raise ClipError(f"it has {len(reader)} frames, and number {indices[-1]} was asked for")
-        return reader.get_batch(list(indices)).asnumpy()
-    except DECORDError as error:
-        raise ClipError(str(error).strip().splitlines()[-1]) from error
-
-
-def _read_pyav(data: bytes, indices: range, height: int, width: int) -> np.ndarray:
-    wanted = set(indices)
-    scaler = VideoReformatter()
-    frames = []
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
-            if len(times) <= indices[-1]:
-                raise ClipError(f"it has {len(times)} frames, and number {indices[-1]} was asked for")
-            number = {time: index for index, time in enumerate(times)}
-            container.seek(times[indices[0]], stream=stream)  # to the key frame before it
-            for frame in container.decode(stream):
-                index = number[frame.pts or 0]
-                if index in wanted:
-                    frames.append(scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray())
-                if index >= indices[-1]:
-                    break
-    except av.FFmpegError as error:
-        raise ClipError(error.strerror or str(error)) from error
+    scaler, frames = _Scaler(size), []
+    with _opened(data) as container:
+        stream = container.streams.video[0]
+        times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+        if len(times) <= indices[-1]:
+            raise ClipError(f"it has {len(times)} frames, and number {indices[-1]} was asked for")
+        wanted = {times[index] for index in indices}
+        container.seek(times[indices[0]], stream=stream)  # to the key frame before it
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                frames.append(scaler(frame))
+            if frame.pts is not None and frame.pts >= times[indices[-1]]:
+                break
     if len(frames) != len(indices):
         raise ClipError(f"{len(frames)} of {len(indices)} frames decode")
     return np.stack(frames)

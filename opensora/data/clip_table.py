@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from opensora.step import StepError
 
 ALWAYS = ("clip_id", "frames", "height", "width")
 REPEATED = {"shard", "latent_shard", "text_shard"}  # many clips share a value, which is stored once
+AT_ONCE = 1 << 16  # texts that are Python's at a time
 TEXT_KEY = "text_key"  # in place of the caption, which is long
 
 
@@ -45,10 +47,14 @@ class ClipTable:
         if not len(self):
             raise StepError(f"no clip is left in {folder}; look at the reasons in its manifest")
         self.frames, self.heights, self.widths = (self._numbers(name) for name in ("frames", "height", "width"))
-        self.identity = sha256("\n".join(self._columns["clip_id"].to_pylist()).encode()).hexdigest()
+        self.identity = _hash_lines(self._columns["clip_id"])
 
     def __len__(self) -> int:
         return len(self._columns["clip_id"])
+
+    def row(self, number: int) -> dict[str, Any]:
+        """All columns of a clip by name."""
+        return {name: column[number].as_py() for name, column in self._columns.items()}
 
     def text(self, column: str, row: int) -> str:
         """A value of a column of texts."""
@@ -60,6 +66,15 @@ class ClipTable:
 
     def _numbers(self, name: str) -> np.ndarray:
         return self._columns[name].to_numpy(zero_copy_only=False).astype(np.int32)
+
+
+def _hash_lines(texts: pa.Array) -> str:
+    """sha256 of the texts with a line break between them, a few at a time."""
+    digest = sha256()
+    for first in range(0, len(texts), AT_ONCE):
+        lines = "\n".join(texts[first : first + AT_ONCE].to_pylist())
+        digest.update((("\n" if first else "") + lines).encode())
+    return digest.hexdigest()
 
 
 def _read(path: Path, names: list[str]) -> pa.Table:

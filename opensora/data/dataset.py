@@ -3,7 +3,7 @@
 Shapes: `B` batch, `T` frames, `h`, `w` latent size, `L` text tokens, `Cc` caption channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from opensora.data.buckets import Bucket, Draw
 from opensora.data.clip_table import TEXT_KEY, ClipTable
 from opensora.data.shards import TensorFiles, latent_names
 
-KEEP_BYTES = 1 << 30  # latents of a data set that is smaller stay in memory
+KEEP_BYTES = 1 << 30  # latents of a data set that is smaller stay in memory, where the training process reads
 
 
 class LatentDataset:
@@ -34,16 +34,25 @@ class LatentDataset:
         self.buckets, self.max_tokens = tuple(buckets), max_tokens
         self.clips = ClipTable(folder, ("latent_shard", "text_shard", TEXT_KEY))
         self._files = TensorFiles(folder)
-        shape = self._files.shape(self.clips.text("latent_shard", 0), self._names(0, self.buckets[0])[0])
+        first = self.clips.row(0)
+        shape = self._files.shape(first["latent_shard"], self._names(first, self.buckets[0])[0])
         self.latent_size: tuple[int, int] = (shape[2], shape[3])
-        size = sum(shape[1] * shape[2] * shape[3] * 4 for _ in self.buckets) * int(self.clips.frames.sum(dtype=int))
-        self._kept: dict[tuple[int, int], list[Tensor]] | None = {} if size < KEEP_BYTES else None
+        sizes = {(bucket.height, bucket.width) for bucket in buckets}
+        size = len(sizes) * shape[1] * shape[2] * shape[3] * 4 * int(self.clips.frames.sum(dtype=int))
+        self._kept: dict[str, Tensor] | None = {} if size < KEEP_BYTES else None
 
-    def _names(self, row: int, bucket: Bucket) -> tuple[str, str]:
-        return latent_names(self.clips.text("clip_id", row), bucket.height, bucket.width)
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which is told the rows, and reads from the pages that all processes share."""
+        return vars(self) | {"clips": None, "_kept": None}
 
-    def sample(self, draw: Draw) -> dict[str, Any]:
+    def _names(self, clip: Mapping[str, Any], bucket: Bucket) -> tuple[str, str]:
+        return latent_names(clip["clip_id"], bucket.height, bucket.width)
+
+    def sample(self, draw: Draw, clip: Mapping[str, Any]) -> dict[str, Any]:
         """One random temporal crop, drawn from the posterior.
+
+        Args:
+            clip: the draw's row of `clips`.
 
         Returns:
             latent [4, T, h, w] float32, text [L, Cc] padded with zeros, mask [L], clip_id, noise_seed.
@@ -51,29 +60,25 @@ class LatentDataset:
         Raises:
             StepError: a shard lacks the clip, or is missing or damaged; the message names both.
         """
-        crop = draw.crop(int(self.clips.frames[draw.row]), self.buckets[draw.bucket])
-        mean, deviation = self._moments(draw, crop)  # both [T, 4, h, w]
-        latent = mean.float() + deviation.float() * torch.from_numpy(draw.posterior_noise(mean.shape))
-        text = self._files.read(self.clips.text("text_shard", draw.row), self.clips.text(TEXT_KEY, draw.row))
-        padded, mask = pad_text(text, self.max_tokens)
+        bucket = self.buckets[draw.bucket]
+        crop = draw.crop(clip["frames"], bucket)
+        mean, deviation = (self._read(clip["latent_shard"], name, crop) for name in self._names(clip, bucket))
+        latent = mean.float() + deviation.float() * torch.from_numpy(draw.posterior_noise(mean.shape))  # [T, 4, h, w]
+        padded, mask = pad_text(self._files.read(clip["text_shard"], clip[TEXT_KEY]), self.max_tokens)
         return {
             "latent": latent.transpose(0, 1),
             "text": padded,
             "mask": mask,
-            "clip_id": self.clips.text("clip_id", draw.row),
+            "clip_id": clip["clip_id"],
             "noise_seed": draw.noise_seed,
         }
 
-    def _moments(self, draw: Draw, crop: slice) -> list[Tensor]:
-        names = self._names(draw.row, self.buckets[draw.bucket])
-        file = self.clips.text("latent_shard", draw.row)
+    def _read(self, file: str, name: str, crop: slice) -> Tensor:
         if self._kept is None:
-            stretch = slice(crop.start, crop.stop)
-            return [self._files.read(file, name, stretch)[:: crop.step] for name in names]
-        key = (draw.row, draw.bucket)
-        if key not in self._kept:
-            self._kept[key] = [self._files.read(file, name) for name in names]
-        return [tensor[crop] for tensor in self._kept[key]]
+            return self._files.read(file, name, slice(crop.start, crop.stop))[:: crop.step]
+        if name not in self._kept:
+            self._kept[name] = self._files.read(file, name)
+        return self._kept[name][crop]
 
 
 def pad_text(text: Tensor, length: int) -> tuple[Tensor, Tensor]:

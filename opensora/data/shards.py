@@ -89,6 +89,8 @@ def read_bytes(path: Path, offset: int, size: int, clip_id: str) -> bytes:
             data = handle.read(size)
     except FileNotFoundError:
         raise StepError(f"shard {path} of clip {clip_id} is missing; run `opensora split` again") from None
+    except OSError as error:
+        raise StepError(f"shard {path} of clip {clip_id} cannot be read: {error}") from error
     if len(data) != size:
         raise StepError(f"shard {path} is shorter than the manifest says (clip {clip_id}); run `opensora split`")
     return data

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opensora.models import temporal_kernel
+
 MAX_HEADS = 65_535  # the second and third dimension of a CUDA grid, in which attention's kernels lay batch and heads
 KeysValues = tuple[Tensor, Tensor]  # of a text, each [B, A, L, D]
 
@@ -33,8 +35,8 @@ class SelfAttention(nn.Module):
 class TemporalAttention(nn.Module):
     """Self-attention over the frames of each location; parameters as `SelfAttention`'s.
 
-    Queries, keys and values are projected apart, because then the heads of all locations stand side by side in memory:
-    [B, T, S·A, D] is attended to as S·A heads, and nothing is transposed in either direction.
+    For the product the rows of the projection are put into the order [A, 3, D], because then the heads of all locations
+    stand at equal distances: [B, T, S·A, 3, D] is attended to as S·A heads, and nothing is transposed.
     """
 
     def __init__(self, channels: int, num_heads: int) -> None:
@@ -46,22 +48,31 @@ class TemporalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, S, C] -> [B, T, S, C]."""
         batch, frames, space, channels = x.shape
-        weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
         x = x.flatten(1, 2)  # [B, T·S, C]: linear layers add the bias within the product for three dimensions only
         if frames == 1:
             # Softmax over one key is 1, so the result is the projected value, exactly.
-            return self.proj(F.linear(x, weights[2], biases[2])).view(batch, 1, space, channels)
-        heads = (batch, frames, space * self.num_heads, channels // self.num_heads)
-        q, k, v = (
-            F.linear(x, weight, bias).view(heads).transpose(1, 2)  # [B, S·A, T, D]
-            for weight, bias in zip(weights, biases, strict=True)
-        )
-        # In parts that a CUDA grid can hold: a 1080p frame has 130,560 heads.
-        split = (part.split(MAX_HEADS, dim=1) for part in (q, k, v))
-        parts = [F.scaled_dot_product_attention(*part) for part in zip(*split, strict=True)]
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        x = x.transpose(1, 2).reshape(batch, frames * space, channels)
-        return self.proj(x).view(batch, frames, space, channels)
+            x = F.linear(x, self.qkv.weight[-channels:], self.qkv.bias[-channels:])
+            return self.proj(x).view(batch, 1, space, channels)
+        qkv = F.linear(x, self._by_head(self.qkv.weight), self._by_head(self.qkv.bias))
+        qkv = qkv.view(batch, frames, space * self.num_heads, 3, channels // self.num_heads)
+        x = attend_in_time(qkv)  # [B, T, S·A, D]
+        return self.proj(x.reshape(batch, frames * space, channels)).view(batch, frames, space, channels)
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        """Rows [3, A, D] of a weight or bias -> [A, 3, D]; far less to copy than what is projected."""
+        return rows.unflatten(0, (3, self.num_heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def attend_in_time(qkv: Tensor) -> Tensor:
+    """Queries, keys and values [B, T, S·A, 3, D] -> [B, T, S·A, D], each head by itself."""
+    if temporal_kernel.fits(qkv):
+        return temporal_kernel.attend(qkv)
+    # In parts that a CUDA grid can hold: a 1080p frame has 130,560 heads.
+    parts = [
+        F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in heads.unbind(3)))  # [B, S·A, T, D]
+        for heads in qkv.split(MAX_HEADS, dim=2)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):
@@ -80,12 +91,19 @@ class CrossAttention(nn.Module):
         keys, values = (part.transpose(1, 2) for part in kv.unbind(2))
         return keys, values
 
-    def forward(self, x: Tensor, text: Tensor | KeysValues, keep: Tensor | None) -> Tensor:
-        """x [B, M, C], text [B, L, C] or its keys and values, keep [B, 1, 1, L] bool (None keeps all) -> [B, M, C]."""
+    def forward(self, x: Tensor, text: Tensor | KeysValues, keep: Tensor | None, groups: int = 1) -> Tensor:
+        """x [B, M, C], text [B, L, C] or its keys and values, keep [B, 1, 1, L] bool (None keeps all) -> [B, M, C].
+
+        In `groups` of M / groups queries, as frames, a GPU sums up the gradients of a text's few keys side by side; its
+        kernels share the work out by keys and heads, of which one group has too few.
+        """
         batch, length, channels = x.shape
-        q = self.q_linear(x).view(batch, length, self.num_heads, -1).transpose(1, 2)  # [B, A, M, D]
+        q = self.q_linear(x).view(batch * groups, length // groups, self.num_heads, -1).transpose(1, 2)
         keys, values = text if isinstance(text, tuple) else self.keys_values(text)
-        x = F.scaled_dot_product_attention(q, keys, values, attn_mask=keep)
+        if groups > 1:
+            keys, values = keys.repeat_interleave(groups, dim=0), values.repeat_interleave(groups, dim=0)
+            keep = None if keep is None else keep.repeat_interleave(groups, dim=0)
+        x = F.scaled_dot_product_attention(q, keys, values, attn_mask=keep)  # [B·groups, A, M / groups, D]
         return self.proj(x.transpose(1, 2).reshape(batch, length, channels))
 
 

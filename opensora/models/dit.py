@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.attention import SelfAttention, keep_mask
+from opensora.models.checkpointing import Checkpointing, checkpointed
 from opensora.models.embeddings import (
     SMALL_STD,
     CaptionEmbedder,
@@ -19,7 +20,7 @@ from opensora.models.embeddings import (
     PatchEmbedder,
     TimestepEmbedder,
     initialise,
-    modulate,
+    modulated,
     normal_weights,
     spatial_positions,
     temporal_positions,
@@ -47,6 +48,8 @@ class LabelEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """Attention over all tokens and an MLP, both modulated by the condition."""
 
+    checkpointing: Checkpointing = "none"  # what the backward pass computes again
+
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
         channels = config.hidden_size
@@ -56,11 +59,12 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(channels, int(channels * config.mlp_ratio), channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
+    @checkpointed
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B, N, C], condition [B, C] -> [B, N, C]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
-        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
-        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = torch.addcmul(x, gate1, self.attn(modulated(self.norm1, x, shift1, scale1)))
+        return torch.addcmul(x, gate2, self.mlp(modulated(self.norm2, x, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -75,7 +79,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=2)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulated(self.norm_final, x, shift, scale))
 
 
 class DiT(nn.Module):

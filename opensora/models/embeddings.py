@@ -53,7 +53,15 @@ def _temporal(frames: int, channels: int, scale: float, device: torch.device) ->
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x [B, N, C] scaled by 1 + scale and shifted, both [B, 1, C], in one pass over memory."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def modulated(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`modulate` of the normalised x. Autocast would return float32 here; the norm itself computes in it either way."""
+    if x.is_meta:  # which autocast does not know
+        return modulate(norm(x), shift, scale)
+    with torch.autocast(x.device.type, enabled=False):
+        return modulate(norm(x), shift, scale)
 
 
 class PatchEmbedder(nn.Module):

@@ -9,20 +9,22 @@ Parameter names are those of the released checkpoints. Papers: DiT (arXiv 2212.0
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from opensora.models.attention import CrossAttention, KeysValues, SelfAttention, TemporalAttention, keep_mask
+from opensora.models.checkpointing import Checkpointing, checkpointed
 from opensora.models.embeddings import (
     CaptionEmbedder,
     Mlp,
     PatchEmbedder,
     TimestepEmbedder,
     initialise,
-    modulate,
+    modulated,
     normal_weights,
     spatial_positions,
     temporal_positions,
@@ -80,8 +82,29 @@ class EncodedText(NamedTuple):
     keep: Tensor | None  # [B, 1, 1, L]
 
 
+class Shard(Protocol):
+    """The part of a video that one of `P` processes works on; `opensora.parallel.sequence` implements it.
+
+    `T'` and `S'` are a process's share of frames and of spatial tokens, padded to the same size everywhere.
+    """
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """The process's own frames, T' of the T along `dim`."""
+
+    def to_space(self, x: Tensor) -> Tensor:
+        """Own frames [B, T', S, C] -> all frames of own locations [B, T, S', C]."""
+
+    def to_frames(self, x: Tensor) -> Tensor:
+        """[B, T, S', C] -> [B, T', S, C], contiguous."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Tokens of own frames [B, T'·S, K] -> of all frames [B, T·S, K], on every process."""
+
+
 class STDiTBlock(nn.Module):
     """Spatial attention, temporal attention, text attention, MLP."""
+
+    checkpointing: Checkpointing = "none"  # what the backward pass computes again
 
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
@@ -94,6 +117,7 @@ class STDiTBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, channels) / channels**0.5)
         self.attn_temp = TemporalAttention(channels, heads)
 
+    @checkpointed
     def forward(
         self,
         x: Tensor,
@@ -102,25 +126,30 @@ class STDiTBlock(nn.Module):
         keep: Tensor | None,
         frames: int,
         temporal_position: Tensor | None,
+        shard: Shard | None = None,
     ) -> Tensor:
-        """x [B, N, C], text [B, L, C] or its keys and values, t0 [B, 6C], temporal_position [1, T, C] -> [B, N, C]."""
+        """x [B, N, C], text [B, L, C] or its keys and values, t0 [B, 6C], temporal_position [1, T, C] -> [B, N, C].
+
+        With a `shard`, x, `frames` and positions are those of the process's own frames.
+        """
         batch, tokens, channels = x.shape
         space = tokens // frames
-        table = self.scale_shift_table[None] + t0.view(batch, 6, channels)
+        table = (self.scale_shift_table[None] + t0.view(batch, 6, channels)).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=1)  # each [B, 1, C]
 
         within, along = (batch * frames, space, channels), (batch, frames, space, channels)
 
         # No name holds an intermediate: without gradients each is freed as soon as it was used.
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1).view(within)).view(x.shape)
-        x = x + gate1 * self.attn_temp(_add_position(x.view(along), temporal_position)).view(x.shape)
-        x = x + self.cross_attn(x, text, keep)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = torch.addcmul(x, gate1, self.attn(modulated(self.norm1, x, shift1, scale1).view(within)).view(x.shape))
+        x = torch.addcmul(x, gate1, self._attend_in_time(x.view(along), temporal_position, shard).view(x.shape))
+        x = x + self.cross_attn(x, text, keep, frames)
+        return torch.addcmul(x, gate2, self.mlp(modulated(self.norm2, x, shift2, scale2)))
 
-
-def _add_position(x: Tensor, position: Tensor | None) -> Tensor:
-    """x [B, T, S, C], position [1, T, C] or None."""
-    return x if position is None else x + position[:, :, None]
+    def _attend_in_time(self, x: Tensor, position: Tensor | None, shard: Shard | None) -> Tensor:
+        """x [B, T, S, C], position [1, T, C] or None -> [B, T, S, C]."""
+        if position is not None:
+            x = x + position[:, :, None].to(x.dtype)
+        return self.attn_temp(x) if shard is None else shard.to_frames(self.attn_temp(shard.to_space(x)))
 
 
 class FinalLayer(nn.Module):
@@ -134,8 +163,8 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, channels) / channels**0.5)
 
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table[None] + t_emb[:, None]).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, scale = (self.scale_shift_table[None] + t_emb[:, None]).to(x.dtype).chunk(2, dim=1)
+        return self.linear(modulated(self.norm_final, x, shift, scale))
 
 
 class STDiT(nn.Module):
@@ -147,6 +176,8 @@ class STDiT(nn.Module):
     def __init__(self, config: STDiTConfig) -> None:
         super().__init__()
         self.config = config
+        # Makes the part that this process works on of T frames with S tokens each; None: all of it.
+        self.sharding: Callable[[int, int], Shard] | None = None
         channels = config.hidden_size
         frames, rows, columns = config.grid
         # Part of the released files; `forward` takes the tables of the size it is given.
@@ -187,17 +218,24 @@ class STDiT(nn.Module):
         else:
             texts, keep = [self._embed_text(y, mask, len(x))] * config.depth, keep_mask(mask, len(x))
 
-        size, dtype, channels = x.shape[2:], self.x_embedder.proj.weight.dtype, config.hidden_size
+        size, channels = x.shape[2:], config.hidden_size
         space = spatial_positions(rows, columns, channels, config.space_scale, x.device)
-        position: Tensor | None = temporal_positions(frames, channels, config.time_scale, x.device).to(dtype)
-        x = self.x_embedder(x)  # [B, N, C]
-        x = (x.view(len(x), frames, -1, channels) + space.to(dtype)[:, None]).view(x.shape)
+        time = temporal_positions(frames, channels, config.time_scale, x.device)
+        shard = self.sharding(frames, rows * columns) if self.sharding else None
+        if shard:
+            x, time = shard.own(x, 2), shard.own(time, 1)
+            frames = x.shape[2]
+        x = self.x_embedder(x)  # [B, N, C], in the type that autocast gives it, which the whole stream keeps
+        x = (x.view(len(x), frames, -1, channels) + space.to(x.dtype)[:, None]).view(x.shape)
         t_emb = self.t_embedder(timestep)  # [B, C]
         t0 = self.t_block(t_emb)  # [B, 6C]
+        position: Tensor | None = time
         for block, text in zip(self.blocks, texts, strict=True):
-            x = block(x, text, t0, keep, frames, position)
+            x = block(x, text, t0, keep, frames, position, shard)
             position = None  # only the first block's temporal attention sees it
         x = self.final_layer(x, t_emb)  # [B, N, patch · out_channels]
+        if shard:
+            x = shard.gather(x)
         return unpatchify(x, size, config.patch_size).float()
 
     def encode_text(self, y: Tensor, mask: Tensor | None = None) -> EncodedText:

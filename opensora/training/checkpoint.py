@@ -1,15 +1,26 @@
-"""Checkpoints: folders that appear whole or not at all, carry their hashes and everything that resume needs."""
+"""Checkpoints: folders that appear whole or not at all, carry their hashes and everything that resume needs.
+
+One form serves every engine, strategy and number of processes: whole tensors by parameter name, in float32.
+
+    step-00000500/
+        checkpoint.json         version, step, stage, configuration, place in the data, counters, sha256 of all files
+        model.safetensors       weights and buffers
+        ema.safetensors         averages of what is trained
+        optimizer.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME
+        rng.safetensors         RANK/cpu and RANK/cuda: states of every process's generators
+"""
 
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,9 +29,9 @@ from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.step import fingerprint, write_json
 from opensora.weights import WeightsError, hash_file, load_strict
 
-VERSION = 1
+VERSION = 2
 INFO = "checkpoint.json"
-MODEL, EMA = "model.safetensors", "ema.safetensors"
+MODEL, EMA, OPTIMIZER, RNG = (f"{name}.safetensors" for name in ("model", "ema", "optimizer", "rng"))
 POSITIONS = ("pos_embed", "pos_embed_temporal")  # the model's own, as they follow its size
 PREFIX = "step-"
 DAMAGED = "damaged-"
@@ -28,7 +39,11 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, of another version, or does not fit."""
+    """A checkpoint is missing, damaged, of another version, does not fit, or cannot be written."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint's files are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -86,87 +101,148 @@ def save_checkpoint(
     model: Mapping[str, Tensor],
     info: dict[str, object],
     ema: Mapping[str, Tensor] | None = None,
-    rng: list[Tensor] | None = None,
-    save_optimizer: Callable[[Path], None] | None = None,
+    optimizer: Mapping[str, Tensor] | None = None,
+    rng: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step-N` under a temporary name, fsync, rename; returns its path. For rank 0.
 
-    Averages, random states and optimizer are what a resumed training needs; imported weights have none.
+    Averages, optimizer and random states are what a resumed training needs; imported weights have none.
+
+    Raises:
+        CheckpointError: it could not be written, as on a full disk; nothing of it is left.
     """
     final = folder / f"{PREFIX}{step:08d}"
     part = folder / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in model.items()}, part / MODEL)
-    if ema is not None:
-        save_file({name: value.contiguous() for name, value in ema.items()}, part / EMA)
-    if save_optimizer is not None:
-        save_optimizer(part / "optimizer.pt")
-    if rng is not None:
-        torch.save(rng, part / "rng.pt")
-    files = {path.name: hash_file(path) for path in sorted(part.iterdir())}
-    write_json(part / INFO, {"version": VERSION, "step": step, "files": files, "sha256": fingerprint(files), **info})
-    for path in [*part.iterdir(), part]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if final.exists():
-        shutil.rmtree(final)
-    part.rename(final)
+    try:
+        part.mkdir(parents=True)
+        for name, tensors in ((MODEL, model), (EMA, ema), (OPTIMIZER, optimizer), (RNG, rng)):
+            if tensors is not None:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, part / name)
+        files = {path.name: hash_file(path) for path in sorted(part.iterdir())}
+        values = {"version": VERSION, "step": step, "files": files, "sha256": fingerprint(files), **info}
+        write_json(part / INFO, values)
+        for path in [*part.iterdir(), part]:
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder} ({error}); what was saved before is "
+            "whole, and a new start goes on from it"
+        ) from error
     return final
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_old(folder: Path, keep: int, every: int = 0) -> None:
+    """Delete all but the newest `keep` checkpoints and those of steps that `every` divides, if it is not 0."""
     for path in _checkpoints(folder)[keep:]:
-        shutil.rmtree(path)
+        if not every or step_of(path) % every:
+            shutil.rmtree(path)
+
+
+def step_of(path: Path) -> int:
+    """The number of a `step-N` folder."""
+    return int(path.name.removeprefix(PREFIX))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted(folder.glob(f"{PREFIX}*"), reverse=True)
+    return sorted(folder.glob(f"{PREFIX}[0-9]*"), key=step_of, reverse=True)
 
 
 def read_info(folder: Path, verify: bool = True) -> dict:
     """The checkpoint's own description.
 
     Raises:
-        CheckpointError: missing, of another version, or a file's hash differs from the one recorded.
+        CheckpointError: of another version.
+        DamagedError: a file is missing, or its hash differs from the one recorded.
     """
     try:
         info = json.loads((folder / INFO).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint at {folder} (no {INFO} there)") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / INFO} is damaged: {error}") from None
+        raise DamagedError(f"no checkpoint at {folder} (no {INFO} there)") from None
+    except ValueError as error:
+        raise DamagedError(f"{folder / INFO} is damaged: {error}") from None
     if info.get("version") != VERSION:
-        raise CheckpointError(f"{folder} has checkpoint version {info.get('version')}, expected {VERSION}")
+        raise CheckpointError(
+            f"{folder} has checkpoint version {info.get('version')}, and this program reads version {VERSION}; train "
+            "that stage anew, import released weights anew, or use the program that wrote it"
+        )
     if info["sha256"] != fingerprint(info["files"]):
-        raise CheckpointError(f"{folder / INFO} was changed by hand: its sha256 is not that of the files it lists")
+        raise DamagedError(f"{folder / INFO} was changed by hand: its sha256 is not that of the files it lists")
     for name, expected in info["files"].items() if verify else ():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{folder} is damaged: {name} is missing")
+            raise DamagedError(f"{folder} is damaged: {name} is missing")
         if hash_file(path) != expected:
-            raise CheckpointError(f"{folder} is damaged: {name} has another sha256 than recorded")
+            raise DamagedError(f"{folder} is damaged: {name} has another sha256 than recorded")
     return info
 
 
-def newest_checkpoint(folder: Path, set_aside: bool = False) -> Path:
-    """The newest undamaged checkpoint below `folder`; damaged ones are renamed when `set_aside`.
+def find_newest(folder: Path, verify: bool = True, tidy: bool = False) -> Path | None:
+    """The newest undamaged checkpoint below `folder`, if there is one.
+
+    Args:
+        verify: read every file and compare its hash.
+        tidy: rename damaged ones, and remove what a killed process had begun to write; for the one that writes there.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the newest one is of another version.
     """
+    for part in folder.glob(f".{PREFIX}*.part") if tidy else ():
+        shutil.rmtree(part)
     for path in _checkpoints(folder):
         try:
-            read_info(path)
+            read_info(path, verify)
             return path
-        except CheckpointError as error:
+        except DamagedError as error:
             log.warning("%s; using the checkpoint before it", error)
-            if set_aside:
-                path.rename(path.with_name(DAMAGED + path.name))
-    raise CheckpointError(f"no usable checkpoint in {folder}; train that stage first")
+            if tidy:
+                aside = path.with_name(DAMAGED + path.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+    return None
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest undamaged checkpoint below `folder`.
+
+    Raises:
+        CheckpointError: there is none, or it is of another version.
+    """
+    path = find_newest(folder)
+    if path is None:
+        raise CheckpointError(f"no usable checkpoint in {folder}; train that stage first")
+    return path
+
+
+def check_same(folder: Path, info: Mapping[str, Any], stage: str, model: STDiTConfig) -> None:
+    """See that a checkpoint is one of this stage and network.
+
+    Raises:
+        CheckpointError: it is not; both values are named.
+    """
+    there = stdit_config(build_config(info["config"]), info["stage"], info["vae_scale"])
+    pairs = {"stage": (info["stage"], stage)}
+    pairs |= {field.name: (getattr(there, field.name), getattr(model, field.name)) for field in fields(STDiTConfig)}
+    wrong = [f"{name} {one} there and {other} here" for name, (one, other) in pairs.items() if one != other]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} is not of what is trained here: {', '.join(wrong)}; go on with its own values, or move it away "
+            "to start anew"
+        )
 
 
 def locate(name: str, near: Path) -> Path:

@@ -1,30 +1,27 @@
 """The three stages: what each starts from, the processes it runs in, and the folder it leaves."""
 
 import json
-import logging
-import sys
-import uuid
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from opensora.config import TRAIN_STEPS, Config, TrainConfig, UserError, build_config
+from opensora.config import TRAIN_STEPS, Config, TrainConfig
+from opensora.launch import launch_here
 from opensora.process import end_with_parent
 from opensora.step import FINGERPRINT, Report, StepError, StepFolder, fingerprint, read_report, write_json
-from opensora.weights import find_weights
-
-if TYPE_CHECKING:
-    import torch
-
-    from opensora.data.buckets import Bucket
-    from opensora.data.loader import Samples
-    from opensora.models.stdit import STDiT
-    from opensora.training.step_encoder import StepEncoder
+from opensora.training.stop import SIGNALS, Stopped
 
 JOB = "job.json"
 RESULT = "result.json"
-log = logging.getLogger(__name__)
 STOPPED = "stopped.json"  # the signal that stopped the processes, after their checkpoint
+# What may change in a run that goes on, as it changes no sample, and numbers by no more than rounding. What makes the
+# global batch is compared as that.
+FREE = {
+    *("engine", "strategy", "sequence_parallel", "activation_checkpointing", "compile", "processes", "threads"),
+    *("accumulate", "loader_workers", "loader_restarts", "log_every", "sample_every", "sample_prompts"),
+    *("checkpoint_every", "keep_checkpoints", "keep_every", "max_rollbacks", "stall_timeout_s", "join_timeout_s"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,9 @@ class Source:
 def run(config: Config, stage: str, source: Source, previous: Path | None, output: Path, root: Path) -> Report:
     """Train one stage and leave `output/checkpoints`.
 
+    This process trains, or starts `processes` that do. One that a launcher started beside others, as torchrun's
+    variables RANK and WORLD_SIZE say, trains together with them, each of which calls this function.
+
     Args:
         stage: `train_image`, `train_video` or `train_highres`.
         source: for the stage's `data`; clips need all of it.
@@ -52,19 +52,18 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
         root: folder of all results, where the tracking store lies by default.
 
     Raises:
-        StepError: a process failed.
+        ConfigError: the GPU cannot hold it; nothing was loaded.
+        StepError: a process failed, or a run with other values was stopped in the step's folder.
         Stopped: a signal arrived; the next start goes on from the checkpoint.
     """
-    train: TrainConfig = getattr(config, stage)
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if launched:
+        train = getattr(config, stage).model_copy(update={"processes": int(os.environ["WORLD_SIZE"])})
+        config = config.model_copy(update={stage: train})
     before = read_report(previous).metrics if previous else {}
     read_report(source.manifest)
     data = json.loads((source.manifest / FINGERPRINT).read_text())
-    settings = train.model_dump(exclude={"loader_workers"})  # which change no sample
-    folder = StepFolder(output, fingerprint(stage, settings, config.model.model_dump(), before, data))
-    if folder.is_done():
-        return read_report(output)
-    work = folder.open()
-    (work / STOPPED).unlink(missing_ok=True)
+    folder = StepFolder(output, fingerprint(stage, deciding(config, stage), before, data))
     job = {
         "config": config.model_dump(mode="json"),
         "stage": stage,
@@ -72,169 +71,123 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
         "previous": str(previous.resolve()) if previous else "",
         "root": str(root.resolve()),
     }
-    write_json(work / JOB, job)
-    if train.processes == 1:
-        train_in_process(work)
+    if launched:
+        return _join(folder, job, getattr(config, stage))
+    if folder.is_done():
+        return read_report(output)
+    alone = getattr(config, stage).processes == 1
+    if not alone:
+        from opensora.plan import check_fits
+
+        check_fits(config, stage)  # a process that trains checks its own GPU
+    _open(folder, job)
+    if alone:
+        from opensora.training.worker import train_in_process
+
+        train_in_process(folder.path)
     else:
-        _launch(work, train.processes)
+        _launch(folder.path, getattr(config, stage).processes)
+    return _finish(folder)
+
+
+def deciding(config: Config, stage: str) -> dict[str, object]:
+    """The values that decide what a stage trains: its own, but for those that are `FREE`, and the model's."""
+    train: TrainConfig = getattr(config, stage)
+    at_once = train.accumulate * train.processes // train.sequence_parallel
+    values = train.model_dump(mode="json", exclude=FREE)
+    for shape in (values, *values["buckets"]):
+        shape["batch_size"] *= at_once
+    values["image_batch_size"] *= at_once if train.image_share else 0
+    return values | {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()}
+
+
+def _open(folder: StepFolder, job: Mapping[str, object]) -> None:
+    """The step's work folder with the job in it.
+
+    Raises:
+        StepError: it holds checkpoints of a run with other values, which would be lost.
+    """
+    _refuse_other(folder, job)
+    work = folder.open()
+    (work / STOPPED).unlink(missing_ok=True)
+    write_json(work / JOB, job)
+
+
+def _refuse_other(folder: StepFolder, job: Mapping[str, object]) -> None:
+    from opensora.config import build_config
+    from opensora.training.checkpoint import find_newest, read_info
+
+    mark = folder.path / FINGERPRINT
+    path = find_newest(folder.path / "checkpoints", verify=False)
+    if path is None or (mark.is_file() and json.loads(mark.read_text()) == folder.key):
+        return
+    stage = str(job["stage"])
+    there = deciding(build_config(read_info(path, verify=False)["config"]), stage)
+    here = deciding(build_config(job["config"]), stage)  # type: ignore[arg-type]
+    names = [name for name in here if here[name] != there.get(name)]
+    changes = ", ".join(f"{name} {there.get(name)} there and {here[name]} here" for name in names)
+    raise StepError(
+        f"{folder.path} holds checkpoints of a stopped run with {'other values' if names else 'other data'}"
+        f"{f' ({changes})' if names else ', or from another stage before'}; go on with those, or delete that folder "
+        "to start anew"
+    )
+
+
+def _finish(folder: StepFolder) -> Report:
+    work = folder.path
     result = json.loads((work / RESULT).read_text())
     (work / JOB).unlink()
     (work / RESULT).unlink()
     kept, excluded = result["clips"], result["excluded"]
     total = kept + sum(excluded.values())
-    return folder.finish(Report(stage, total=total, kept=kept, dropped=excluded, metrics=result["metrics"]))
+    return folder.finish(
+        Report(folder.output.name, total=total, kept=kept, dropped=excluded, metrics=result["metrics"])
+    )
+
+
+def _join(folder: StepFolder, job: Mapping[str, object], train: TrainConfig) -> Report:
+    """Train together with the processes that a launcher started; rank 0 looks after the folder."""
+    from opensora.parallel.engine import build_engine
+    from opensora.training.together import on_rank_zero
+    from opensora.training.worker import train_in_process
+
+    end_with_parent()
+    engine = build_engine(train)
+    try:
+        (done,) = engine.any([engine.rank == 0 and folder.is_done()])
+        if not done:
+            on_rank_zero(engine, lambda: _open(folder, job))
+            train_in_process(folder.path, engine)
+            on_rank_zero(engine, lambda: _finish(folder))
+    except Stopped as stopped:
+        if engine.rank:
+            raise SystemExit(stopped.exit_code) from None  # rank 0 says it
+        raise
+    finally:
+        engine.close()
+    return read_report(folder.output)
 
 
 def _launch(work: Path, processes: int) -> None:
-    """Run the stage in several processes, by the launcher behind torchrun, and wait.
+    """Run the stage in several processes of this machine and wait.
 
     Raises:
         StepError: a process failed.
         Stopped: a signal arrived, and a checkpoint was written.
+        SystemExit: a signal arrived before the first step.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from opensora.training.train import Stopped
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process says itself why it fails
-    launch = elastic_launch(
-        LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-        ),
-        sys.executable,
-    )
-    try:
-        launch("-m", "opensora.training.stages", str(work))
-    except (ChildFailedError, SignalException) as error:
-        if (work / STOPPED).is_file():
-            raise Stopped(json.loads((work / STOPPED).read_text())) from error
-        raise StepError("a training process failed; the lines above say why, and a new start resumes") from error
-
-
-def train_in_process(work: Path) -> None:
-    """One process of a stage, described by the job file in `work`; rank 0 leaves the result there."""
-    from opensora.data.buckets import Bucket, Plan
-    from opensora.parallel.engine import build_engine
-    from opensora.tracking import Tracker
-    from opensora.training.train import Stopped, Trainer
-
-    job = json.loads((work / JOB).read_text())
-    config, stage = build_config(job["config"]), job["stage"]
-    train: TrainConfig = getattr(config, stage)
-    source = Source(**{name: Path(path) for name, path in job["source"].items()})
-    engine = build_engine(train)
-    bucket = Bucket(train.frames, train.height, train.width, train.batch_size, train.frame_interval)
-    data, encoder, latent_height = open_data(config, train, source, bucket, engine.device)
-    plan = Plan(data.clips, [bucket], train.seed, engine.world_size)
-    model = build_model(config, stage, latent_height, Path(job["previous"]) if job["previous"] else None)
-    info = {"config": job["config"], "stage": stage, **model_places(config, train, latent_height)}
-    tracker = None
-    if engine.rank == 0:
-        log.info("%s: %d of %d clips; not used: %s", stage, len(plan), plan.total, dict(plan.excluded) or "none")
-        params = {"train": train.model_dump(), "model": config.model.model_dump()}
-        tracker = Tracker.start(Path(job["root"]), config.profile, stage, params, {}, work)
-    try:
-        trainer = Trainer(train, model, data, plan, engine, tracker, work, info, encoder)
-        if tracker:
-            with tracker:
-                metrics = trainer.run()
-        else:
-            metrics = trainer.run()
-        if engine.rank == 0:
-            write_json(work / RESULT, {"metrics": metrics, "clips": len(plan), "excluded": dict(plan.excluded)})
-    except Stopped as stopped:
-        if engine.rank == 0:
-            write_json(work / STOPPED, stopped.number)
-        raise
-    finally:
-        engine.close()
-
-
-def open_data(
-    config: Config, train: TrainConfig, source: Source, bucket: "Bucket", device: "torch.device"
-) -> "tuple[Samples, StepEncoder | None, int]":
-    """The stage's data set, what encodes its frames if it holds frames, and the height of its latents.
-
-    Raises:
-        StepError: there are no clips, or none of that size.
-    """
-    match train.data:
-        case "latents":
-            from opensora.data.dataset import LatentDataset
-
-            latents = LatentDataset(source.manifest, [bucket], config.encode.max_tokens)
-            return latents, None, latents.latent_size[0]
-        case "clips":
-            from opensora.data.clip_dataset import ClipDataset
-            from opensora.training.step_encoder import StepEncoder
-
-            assert source.shards
-            assert source.vae
-            assert source.text
-            encoder = StepEncoder(config.encode, source.vae, source.text, device)
-            return ClipDataset(source.manifest, source.shards, [bucket]), encoder, train.height // encoder.vae.scale
-
-
-def model_places(config: Config, train: TrainConfig, latent_height: int) -> dict[str, object]:
-    """Where generation finds the VAE and the text encoder: relative to a folder above the checkpoint."""
-    if config.demo.build_models:
-        folder = "demo_models"
-    else:
-        folder = str(Path(config.weights_dir).resolve())
-    return {
-        "vae": f"{folder}/{config.encode.vae}",
-        "text_encoder": f"{folder}/{config.encode.text_encoder}",
-        "vae_scale": train.height // latent_height,
-    }
-
-
-def build_model(config: Config, stage: str, latent_height: int, previous: Path | None) -> "STDiT":
-    """The stage's STDiT with the weights it starts from: the stage before, `init_from`, or new ones."""
-    import torch
-
-    from opensora.models.checkpoints import load_released, read_released
-    from opensora.models.stdit import STDiT
-    from opensora.training.checkpoint import load_weights, newest_checkpoint, stdit_config
-
-    train: TrainConfig = getattr(config, stage)
-    torch.manual_seed(train.seed)
-    model = STDiT(stdit_config(config, stage, train.height // latent_height))
-    if train.init_from:
-        path = find_weights(train.init_from, Path(config.weights_dir), config.offline)
-        report = load_released(model, read_released(path))
-        log.info("%s: %d tensors from %s, %d new", stage, len(report.loaded), path, len(report.initial))
-    elif previous:
-        load_weights(model, newest_checkpoint(previous / "checkpoints"), "ema")
-    return model
+    code = launch_here(processes, "opensora.training.worker", str(work))
+    if code and (work / STOPPED).is_file():
+        raise Stopped(json.loads((work / STOPPED).read_text()))
+    if code in [128 + number for number in SIGNALS]:
+        raise SystemExit(code)
+    if code:
+        error = StepError("a training process failed; the lines above say why, and a new start resumes")
+        error.exit_code = code
+        raise error
 
 
 def stage_before(stage: str) -> str | None:
     """The stage whose weights `stage` starts from."""
     index = TRAIN_STEPS.index(stage)
     return TRAIN_STEPS[index - 1] if index else None
-
-
-def _main() -> int:
-    end_with_parent()
-    from opensora.training.train import Stopped
-
-    try:
-        train_in_process(Path(sys.argv[1]))
-    except Stopped as stopped:
-        return stopped.exit_code  # the launcher says it once
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -1,73 +1,43 @@
 """The training loop: one stage of STDiT, from its data to its last checkpoint."""
 
-import json
 import logging
-import math
 import signal
-from collections.abc import Iterable
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from opensora.config import TrainConfig, UserError
+from opensora.config import HardwareConfig, TrainConfig
 from opensora.data.buckets import Plan, draw_seed
 from opensora.data.loader import Samples, load_batches
 from opensora.diffusion.iddpm import IDDPM
 from opensora.diffusion.rectified_flow import RectifiedFlow
+from opensora.models.checkpointing import set_activation_checkpointing
 from opensora.models.stdit import STDiT
 from opensora.parallel.engine import Engine
-from opensora.progress import track
+from opensora.progress import progress
 from opensora.step import StepError
 from opensora.tracking import Tracker
-from opensora.training.checkpoint import (
-    INFO,
-    CheckpointError,
-    load_weights,
-    newest_checkpoint,
-    remove_old,
-    save_checkpoint,
-)
+from opensora.training.checkpoint import EMA, MODEL, OPTIMIZER, RNG, check_same, find_newest, read_info, step_of
+from opensora.training.compiling import compile_blocks
 from opensora.training.ema import Ema
-from opensora.training.meter import Meter
+from opensora.training.freeze import freeze
+from opensora.training.health import Health
+from opensora.training.journal import Journal
+from opensora.training.meter import Meter, describe_rates, sample_work
+from opensora.training.samples import SampleWriter
+from opensora.training.saver import Saver, Snapshot
 from opensora.training.step_encoder import StepEncoder
+from opensora.training.stop import StopFlag, Stopped
+from opensora.training.together import on_rank_zero
+from opensora.training.watchdog import Watchdog
 
-LOSSES = "losses.jsonl"
-MAX_BAD_STEPS = 20  # skipped in a row before the run gives up
 log = logging.getLogger(__name__)
-
-
-class Stopped(UserError):
-    """SIGTERM or Ctrl-C arrived; a checkpoint was written, and the next start goes on from it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after a checkpoint; start again to resume")
-        self.number = number
-        self.exit_code = 128 + number
-
-
-@dataclass
-class StopFlag:
-    """Set by SIGTERM and SIGINT; the loop looks at it between steps."""
-
-    number: int = 0
-
-    def __enter__(self) -> "StopFlag":
-        self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -76,16 +46,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     decay_steps = config.decay_share * config.steps
     cold = min(1.0, (config.steps - step) / decay_steps) if decay_steps else 1.0
     return config.lr * warm * cold
-
-
-def build_optimizer(model: STDiT, config: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; biases and tables are not decayed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def build_objective(config: TrainConfig) -> IDDPM | RectifiedFlow:
@@ -97,11 +57,25 @@ def build_objective(config: TrainConfig) -> IDDPM | RectifiedFlow:
             return RectifiedFlow(shift=config.shift)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """The forward and backward passes of a step in this process."""
+
+    loss: float  # mean over its micro-batches
+    position: int  # of the samples in the data
+    samples: int  # in its micro-batches together
+    size: tuple[int, int, int]  # of each sample's latents: T, h, w
+
+
 @dataclass
 class Trainer:
-    """One stage in training. `folder` receives checkpoints/ and losses.jsonl; `info` goes into each checkpoint.
+    """One stage in training. `folder` receives checkpoints/, samples/ and losses.jsonl.
 
-    The samples of `data` are latents, or frames that `encoder` encodes in the step.
+    Args:
+        data: its samples are latents, or frames that `encoder` encodes in the step.
+        info: goes into each checkpoint: configuration, stage, and where generation finds the other models.
+        tracker: on rank 0.
+        samples: makes the samples of `sample_every`.
     """
 
     config: TrainConfig
@@ -109,150 +83,235 @@ class Trainer:
     data: Samples
     plan: Plan
     engine: Engine
-    tracker: Tracker | None
     folder: Path
     info: dict[str, object]
+    hardware: HardwareConfig
+    tracker: Tracker | None = None
     encoder: StepEncoder | None = None
+    samples: SampleWriter | None = None
 
     def run(self) -> dict[str, float]:
         """Train to the last step, from the newest checkpoint in the folder if there is one; the last metrics.
 
         Raises:
             Stopped: a signal arrived, and a checkpoint was written.
-            StepError: the loss was not finite too many times in a row, data could not be read, or the checkpoint was
-                made with other data.
+            StepError: steps were bad too many times, data could not be read, or the checkpoint was made with other
+                data.
+            CheckpointError: one could not be written, or is of another model, stage or version.
         """
         config, engine = self.config, self.engine
         self.model.to(engine.device).train()
-        if config.activation_checkpointing == "full":
-            for block in self.model.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        optimizer = build_optimizer(self.model, config)
-        self.ema = Ema(self.model, config.ema_decay)
-        self.forward = engine.prepare(self.model, optimizer)
-        objective = build_objective(config)
-        start = self._resume()
-        stream = load_batches(self.data, self.plan, engine.rank, start, config.steps, config.loader_workers)
-        meter = Meter(config.steps, self._tokens())
-        metrics: dict[str, float] = {}
-        bad_in_a_row = 0
-        with StopFlag() as stop, closing(stream):
-            steps: Iterable[int] = range(start, config.steps)
-            if engine.rank == 0:
-                steps = track(steps, config.steps - start, "training", lines=False)
-            for step in steps:
-                batch = next(stream)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, step)
-                loss = self._loss(objective, batch, step)
-                engine.backward(loss)
-                value = float(loss.detach())
+        freeze(self.model, config.trainable)
+        set_activation_checkpointing(self.model, config.activation_checkpointing)
+        self.forward = engine.prepare(self.model, config)
+        if config.compile:
+            compile_blocks(self.model)
+        self.ema = Ema(engine.own_parameters(), config.ema_decay)
+        self.objective = build_objective(config)
+        self.health = Health(config, self.folder, engine.rank)
+        self.meter = Meter(engine.world_size, self.hardware, engine.device)
+        self.work = sample_work(self.model.config, config)
+        self.journal = Journal(self.folder) if engine.rank == 0 else None
+        self.checkpoints = self.folder / "checkpoints"
+        self.saver = Saver(self.checkpoints, config.keep_checkpoints, config.keep_every, self._track_checkpoint)
+        self.metrics: dict[str, float] = {}
+        self.step = self.position = 0
+        self.meter.load_state_dict(self._load(self._newest()).get("meter", {}))
+        with StopFlag() as stop, self.saver, Watchdog(config.stall_timeout_s, engine.rank, self.folder) as watchdog:
+            while self.step < config.steps:  # anew after each rollback
+                with closing(self._batches()) as batches:
+                    self._train(batches, stop, watchdog)
+            on_rank_zero(engine, self.saver.wait)
+        return self.metrics
+
+    def _train(self, batches: Iterator[dict[str, Any]], stop: StopFlag, watchdog: Watchdog) -> None:
+        """Steps until the last one, or until the run has gone back to a checkpoint."""
+        config, engine, health = self.config, self.engine, self.health
+        bar = progress(config.steps - self.step, "training", lines=False)
+        with bar if engine.rank == 0 else nullcontext(lambda: None) as advance:
+            while self.step < config.steps:
+                passes = self._accumulate(batches)
                 norm = engine.gradient_norm(config.clip_norm)
-                finite = math.isfinite(norm) and math.isfinite(value)
-                bad, stopping = engine.any([not finite, bool(stop.number)])
-                bad_in_a_row = bad_in_a_row + 1 if bad else 0
-                if bad:
-                    engine.clear()
-                    log.warning("step %d skipped: loss %s, gradient norm %s", step, value, norm)
+                # One exchange a step: every process sees the same numbers, and comes to the same verdict.
+                loss, stopping, failed = engine.mean([passes.loss, float(stop.number), float(self.saver.failed)])
+                good = health.judge(loss, norm) == "ok"
+                if good:
+                    engine.step(learning_rate(config, self.step))
+                    self.ema.update(self.step)
+                    health.good(norm)
                 else:
-                    engine.step()
-                    self.ema.update(step)
-                if bad_in_a_row >= MAX_BAD_STEPS:
-                    raise StepError(
-                        f"the loss was not finite in {bad_in_a_row} steps in a row; lower lr or check the data"
-                    )
+                    engine.clear()
+                    health.bad(self.step, passes.position, self.plan.clip_ids(passes.position), loss, norm)
+                    log.warning("step %d skipped: loss %s, gradient norm %s", self.step + 1, loss, norm)
 
-                done = step + 1
-                self._record_loss(done, value)
-                meter.update(config.batch_size * engine.world_size, value)
-                if done % config.log_every == 0 or done == config.steps:
-                    rates = meter.read(config.steps - done)
-                    metrics = {"loss": rates.pop("loss"), "gradient_norm": norm, "lr": learning_rate(config, step)}
-                    self._log(done, metrics | rates)
-                if stopping or done % config.checkpoint_every == 0 or done == config.steps:
-                    self._save(done)
-                if stopping and done < config.steps:
+                self.step, self.position = self.step + 1, passes.position + 1
+                self._record(passes, loss, norm, good)
+                watchdog.beat(self.step)
+                advance()
+                if failed:
+                    on_rank_zero(engine, self.saver.wait)  # says why
+                if health.must_roll_back:
+                    self._roll_back()
+                    return
+                last = self.step == config.steps
+                if last or (good and (stopping or self.step % config.checkpoint_every == 0)):
+                    self._save()
+                if self.samples and self.step % config.sample_every == 0:
+                    self._sample(self.samples, watchdog)
+                if stopping and not last:
+                    on_rank_zero(engine, self.saver.wait)
                     raise Stopped(stop.number or signal.SIGTERM)
-        return metrics
 
-    def _tokens(self) -> int:
-        frames, rows, columns = self.model.config.grid
-        return frames * rows * columns
+    def _accumulate(self, batches: Iterator[dict[str, Any]]) -> Passes:
+        """Add up the gradients of a step's micro-batches. Collective in the last one."""
+        config, losses, samples = self.config, [], 0
+        for number in range(config.accumulate):
+            batch = next(batches)
+            position = batch["position"]
+            if self.encoder:
+                batch = self.encoder(batch)
+            with self.engine.accumulating(last=number + 1 == config.accumulate):
+                # The caption drop inside the model draws from the global generator; processes that share samples agree.
+                place = self.step * config.accumulate + number
+                torch.manual_seed(draw_seed(config.seed, place, self.engine.data_rank))
+                loss = self._loss(batch) / config.accumulate
+                self.engine.backward(loss)
+            losses.append(loss.detach())
+            samples += len(batch["latent"])
+        _, _, frames, rows, columns = batch["latent"].shape
+        return Passes(float(torch.stack(losses).sum()), position, samples, (frames, rows, columns))
 
-    def _loss(self, objective: IDDPM | RectifiedFlow, batch: dict, step: int) -> Tensor:
-        # The caption drop inside the model draws from the global generator.
-        torch.manual_seed(draw_seed(self.config.seed, step, self.engine.rank))
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        """Mean loss of a micro-batch."""
         device = self.engine.device
-        if self.encoder:
-            batch = self.encoder(batch)
-        x0 = batch["latent"].to(device)
+        x0 = batch["latent"].to(device, non_blocking=True)
         generators = [torch.Generator().manual_seed(seed) for seed in batch["noise_seed"]]
-        t = torch.cat([objective.sample_timesteps(1, generator) for generator in generators]).to(device)
+        t = torch.cat([self.objective.sample_timesteps(1, generator) for generator in generators]).to(device)
         noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(device)
         text, mask = batch["text"].unsqueeze(1).to(device), batch["mask"].to(device)
         low = self.config.dtype == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
-            return objective.training_losses(self.forward, x0, t, noise, text, mask)["loss"].mean()
+            return self.objective.training_losses(self.forward, x0, t, noise, text, mask)["loss"].mean()
 
-    def _resume(self) -> int:
-        """Load the newest undamaged checkpoint; returns its step, 0 without one."""
-        folder = self.folder / "checkpoints"
-        try:
-            path = newest_checkpoint(folder, set_aside=self.engine.rank == 0)
-        except CheckpointError:
-            self._cut_losses(0)
-            return 0
-        info = json.loads((path / INFO).read_text())
-        step = self.plan.load_state_dict(info["data"])
-        load_weights(self.model, path, "model")
-        self.ema.load_state_dict(load_file(path / "ema.safetensors"))
-        self.engine.load(path / "optimizer.pt")
-        rng = torch.load(path / "rng.pt", weights_only=True)
-        if self.engine.rank < len(rng):
-            torch.set_rng_state(rng[self.engine.rank])
-        self._cut_losses(step)
-        log.info("resuming from %s", path)
-        return step
+    def _batches(self) -> Generator[dict[str, Any]]:
+        config, engine = self.config, self.engine
+        return load_batches(
+            self.data,
+            self.plan,
+            engine.data_rank,
+            start=self.position,
+            steps=config.steps - self.step,
+            workers=config.loader_workers,
+            restarts=config.loader_restarts,
+            skip=self.health.skip,
+        )
 
-    def _record_loss(self, step: int, loss: float) -> None:
-        if self.engine.rank == 0:
-            with (self.folder / LOSSES).open("a") as handle:
-                handle.write(json.dumps({"step": step, "loss": loss}) + "\n")
+    def _newest(self) -> Path | None:
+        """The newest undamaged checkpoint, whose hashes rank 0 reads. Collective."""
+        on_rank_zero(self.engine, lambda: find_newest(self.checkpoints, tidy=True))
+        return find_newest(self.checkpoints, verify=False)
 
-    def _cut_losses(self, step: int) -> None:
-        """Forget losses recorded past the checkpoint: they come again. Without a checkpoint that is all of them."""
-        path = self.folder / LOSSES
-        if self.engine.rank == 0 and path.exists():
-            lines = path.read_text().splitlines()[:step]  # one a step; only the last can be torn
-            path.write_text("".join(line + "\n" for line in lines))
+    def _load(self, path: Path | None) -> dict[str, Any]:
+        """Go on from a checkpoint, and return what it says of itself; without one, from the start. Collective."""
+        engine, info = self.engine, {}
+        if path is not None:
+            info = read_info(path, verify=False)
+            check_same(path, info, str(self.info["stage"]), self.model.config)
+            self.step, self.position = info["step"], self.plan.load_state_dict(info["data"])
+            engine.load_model_state(load_file(path / MODEL))
+            self.ema.load(engine.distribute(load_file(path / EMA)))
+            engine.load_optimizer_state(load_file(path / OPTIMIZER))
+            self.health.load_state_dict(info["health"])
+            log.info("resuming from %s", path)
+        if self.journal:
+            self.journal.cut(self.step)
+        if path is not None:
+            self._restore_random_states(load_file(path / RNG))  # last: loading may draw
+        return info
 
-    def _save(self, step: int) -> None:
-        rng = self.engine.gather(torch.get_rng_state())
-        if self.engine.rank == 0:
-            folder = self.folder / "checkpoints"
-            path = save_checkpoint(
-                folder,
-                step=step,
-                model=self.model.state_dict(),
-                ema=self.ema.state_dict(),
-                rng=rng,
-                save_optimizer=self.engine.save,
-                info=self.info | {"data": self.plan.state_dict(step)},
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint, and past the data of the bad steps. Collective.
+
+        Raises:
+            StepError: there is none, or the run went back too often.
+        """
+        on_rank_zero(self.engine, self.saver.wait)
+        path = self._newest()
+        if path is None:
+            raise StepError(
+                f"steps {self.health.first_bad_step + 1} to {self.step} were bad, and there is no checkpoint before "
+                f"them; lower lr or look at the clips in {self.health.path}"
             )
-            remove_old(folder, self.config.keep_checkpoints)
-            if self.tracker:
-                digest = json.loads((path / "checkpoint.json").read_text())["sha256"]
-                self.tracker.log_checkpoint(path, step, digest)
-        self.engine.barrier()
+        self.health.roll_back(step_of(path))
+        log.warning("going back from step %d to %s, past the data of the bad steps", self.step, path)
+        self._load(path)
+
+    def _save(self) -> None:
+        """Take a snapshot, which the saver writes while training goes on. Collective."""
+        engine = self.engine
+        info = {
+            "data": self.plan.state_dict(self.position),
+            "health": self.health.state_dict(),
+            "meter": self.meter.state_dict(),
+        }
+        snapshot = Snapshot(
+            step=self.step,
+            model=engine.model_state(),
+            ema=engine.collect(self.ema.shares()),
+            optimizer=engine.optimizer_state(),
+            rng=self._random_states(),
+            info=self.info | info,
+        )
+        on_rank_zero(engine, lambda: self.saver.save(snapshot))
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """`RANK/KIND` of every process, on rank 0. Collective."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.engine.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.engine.device)
+        parts = {kind: self.engine.gather(state) for kind, state in states.items()}
+        return {f"{rank}/{kind}": state for kind, of in parts.items() for rank, state in enumerate(of)}
+
+    def _restore_random_states(self, states: dict[str, Tensor]) -> None:
+        """Of this process, if the checkpoint's run had so many; each step is seeded by its number anyway."""
+        rank, device = self.engine.rank, self.engine.device
+        if f"{rank}/cpu" in states:
+            torch.set_rng_state(states[f"{rank}/cpu"])
+        if f"{rank}/cuda" in states and device.type == "cuda":
+            torch.cuda.set_rng_state(states[f"{rank}/cuda"], device)
+
+    def _track_checkpoint(self, path: Path) -> None:
+        if self.tracker:
+            info = read_info(path, verify=False)
+            self.tracker.log_checkpoint(path, info["step"], info["sha256"])
+
+    def _sample(self, samples: SampleWriter, watchdog: Watchdog) -> None:
+        """Samples by rank 0, with averaged weights, while the others wait. Collective."""
+        weights = self.engine.model_state() | self.engine.collect(self.ema.shares())
+        step = self.step
+        on_rank_zero(self.engine, lambda: samples.write(weights, step, lambda: watchdog.beat(step)))
+        watchdog.beat(step)
+
+    def _record(self, passes: Passes, loss: float, norm: float, good: bool) -> None:
+        """The journal's line of a step, and at intervals what the meter says."""
+        config, step = self.config, self.step
+        if good:
+            samples = passes.samples * self.engine.data_world_size
+            tokens, flops = self.work(passes.size)
+            self.meter.update(samples, loss, samples * tokens, samples * flops)
+        if self.journal:
+            self.journal.record(step, loss, skipped=not good)
+        if step % config.log_every and step != config.steps:
+            return
+        rates = self.meter.read(config.steps - step)
+        self.metrics = {"loss": rates.pop("loss"), "gradient_norm": norm, "lr": learning_rate(config, step - 1)}
+        if self.engine.rank == 0:
+            self._log(step, self.metrics | rates)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
-        if self.engine.rank != 0:
-            return
         print(
             f"step {step}/{self.config.steps}  loss {metrics['loss']:.4f}  norm {metrics['gradient_norm']:.2f}  "
-            f"lr {metrics['lr']:.1e}  {metrics['samples_per_second']:.1f} samples/s  "
-            f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['peak_memory_mib']:.0f} MiB  "
-            f"eta {metrics['eta_seconds']:.0f} s",
+            f"lr {metrics['lr']:.1e}  {describe_rates(metrics)}",
             flush=True,
         )
         if self.tracker:

@@ -1,5 +1,6 @@
 """A tiny encoded data set, so that training tests need neither a VAE nor videos."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,14 @@ from safetensors.torch import save_file
 
 from opensora.data.shards import text_key
 from opensora.manifest import Clip, part_name, write_part
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tracking_server() -> Iterator[None]:
+    """Nobody answers there, which training does not care about; making a store for every run would take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        yield
 
 
 @pytest.fixture(scope="session")
