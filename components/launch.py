@@ -57,14 +57,19 @@ def launch(stage: str, inputs: Sequence[Any], job: Launch, checkpoint: Any, metr
 
 
 def check_budget(config: "Config", stage: str, dollars: float) -> None:
-    """Raise ConfigError if the stage is planned to cost more."""
+    """Raise ConfigError if the stage is planned to cost more, or if nobody can tell what it costs."""
     if not dollars:
         return
     from opensora.config import ConfigError
+    from opensora.gpus import known_gpu
     from opensora.plan import plan_stage
 
-    cost = plan_stage(config, stage).dollars
-    if cost > dollars:
+    if not config.hardware.gpu:
+        raise ConfigError(
+            "a budget needs hardware.gpu, the kind of GPU, to tell what a stage costs; or budget_dollars=0"
+        )
+    cost = plan_stage(config, stage, known_gpu(config.hardware.gpu)).dollars
+    if cost is not None and cost > dollars:
         raise ConfigError(
             f"{stage} of profile {config.profile} is planned to cost ${cost:,.0f}, more than the budget of "
             f"${dollars:,.0f}; raise the budget, or lower the stage's steps (`opensora plan` shows what costs)"
