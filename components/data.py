@@ -9,6 +9,22 @@ from components.image_names import CAPTION, DATA
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
+def restore(revision: str, remote: str, profile: str, workdir: str, manifest: dsl.Output[dsl.Dataset]) -> None:
+    """Fetch a training set by its DVC revision, in the place of the steps that would make it."""
+    from components.step import restore_step
+
+    restore_step("encode", manifest, revision=revision, remote=remote, profile=profile, workdir=workdir)
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def version(encode: dsl.Input[dsl.Dataset], remote: str) -> str:
+    """Push the training set to the DVC remote; its revision names the data from here on. No remote: its fingerprint."""
+    from components.step import version_step
+
+    return version_step(encode, remote)
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
 def list_shares(count: int) -> list:
     """Names of the shares that a loop runs: "0/3", "1/3", "2/3"."""
     return [f"{index}/{max(count, 1)}" for index in range(max(count, 1))]

@@ -39,7 +39,7 @@ def launch(stage: str, inputs: Sequence[Any], job: Launch, checkpoint: Any, metr
     from opensora.config import UserError
     from opensora.step import read_report
 
-    track(job.tracking_uri)
+    track(job.tracking_uri, job.revision)
     try:
         for artifact in inputs:
             check(artifact)

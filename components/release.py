@@ -25,7 +25,7 @@ def evaluate(
 
     from components.step import log_metrics, run, track
 
-    track(tracking_uri)
+    track(tracking_uri, revision)
     report = run(
         "evaluate", [checkpoint], manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision
     )
@@ -52,7 +52,7 @@ def promote(
 
     from components.step import run, track
 
-    track(tracking_uri)
+    track(tracking_uri, revision)
     run("promote", [evaluate], manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
     folder = Path(workdir) / profile / "promote"
     shutil.copyfile(folder / "gate.md", gate.path)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from opensora.config import Config
@@ -80,6 +80,32 @@ def run_share(
         fail(str(error), error.exit_code)
 
 
+def version_step(artifact: Any, remote: str) -> str:
+    """Push what an artifact names to a DVC remote; returns its revision, or its fingerprint without a remote."""
+    from components.versions import push
+    from opensora.config import UserError
+
+    try:
+        value = check(artifact)
+        return push(Path(value["uri"]), remote) if remote else value["fingerprint"]
+    except UserError as error:
+        fail(str(error), error.exit_code)
+
+
+def restore_step(step: str, manifest: Any, *, revision: str, remote: str, profile: str, workdir: str) -> None:
+    """Fetch a finished step by its DVC revision and describe it in the artifact `manifest`."""
+    from components.versions import pull
+    from opensora.config import UserError
+    from opensora.step import read_report
+
+    folder = Path(workdir) / profile / step
+    try:
+        pull(folder, revision, remote)
+        describe(manifest, step, folder, revision, read_report(folder))
+    except UserError as error:
+        fail(str(error), error.exit_code)
+
+
 def describe(artifact: Any, step: str, folder: Path | None, revision: str, report: "Report") -> "Report":
     """Write what an artifact says of a finished step, or of one that left nothing."""
     from opensora.step import FINGERPRINT
@@ -120,7 +146,7 @@ def check(artifact: Any) -> dict[str, Any]:
     return value
 
 
-def fail(message: str, code: int = 1) -> None:
+def fail(message: str, code: int = 1) -> NoReturn:
     """End the component; the reason is the last line of its log."""
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -138,7 +164,12 @@ def log_metrics(artifact: Any, values: Mapping[str, float]) -> None:
     path.write_text(json.dumps({name: value for name, value in values.items() if math.isfinite(value)}))
 
 
-def track(uri: str) -> None:
-    """Let the steps of this process log to that MLflow server; empty keeps the store below the workdir."""
+def track(uri: str, revision: str) -> None:
+    """Let the steps of this process log to that MLflow server, and tag what they log with the data's revision.
+
+    Args:
+        uri: empty keeps the store below the workdir.
+    """
+    os.environ["OPENSORA_DATA_REVISION"] = revision
     if uri:
         os.environ["MLFLOW_TRACKING_URI"] = uri

@@ -71,9 +71,15 @@ def _experiment(client: "MlflowClient", root: Path, profile: str) -> str:
     return client.create_experiment(name, artifact_location=place)
 
 
+FROM_ENVIRONMENT = {"data_revision": "OPENSORA_DATA_REVISION", "code_revision": "OPENSORA_CODE_REVISION"}
+
+
 def lineage() -> dict[str, str]:
-    """Tags that say which code and data made a run: git commit and state, dvc.lock's md5 and those of its outs."""
-    tags = {}
+    """Tags that say which code and data made a run: git commit and state, dvc.lock's md5 and those of its outs.
+
+    A pipeline on a cluster has neither git nor dvc.lock; it names the revisions of data and code in the environment.
+    """
+    tags = {tag: value for tag, name in FROM_ENVIRONMENT.items() if (value := os.environ.get(name))}
     try:
         for name, command in {
             "git_commit": "rev-parse HEAD",

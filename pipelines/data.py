@@ -1,5 +1,8 @@
 """Raw videos in, a training set out: download, split, score, caption, encode."""
 
+from collections import namedtuple
+from typing import NamedTuple
+
 from kfp import dsl
 
 from components import data
@@ -14,7 +17,8 @@ def data_pipeline(
     data_revision: str = "",
     code_revision: str = "",
     shares: int = 4,
-) -> dsl.Dataset:
+    remote: str = "",
+) -> NamedTuple("Data", encode=dsl.Dataset, revision=str):
     """Every step works shard by shard: a loop does the shards side by side, then the step itself finishes.
 
     Args:
@@ -23,6 +27,7 @@ def data_pipeline(
         workdir: folder on the shared volume that holds all results of this run and of the runs that go on from it.
         data_revision: names the raw data; with `code_revision` it decides whether a cached result is of the same.
         code_revision: git commit or digest of the images. Unused by the steps; the cache sees it.
+        remote: URL of a DVC remote, as s3://bucket/dvc, to which the training set is pushed; empty: none.
         shares: tasks that work side by side on a step's shards; tens, never thousands.
     """
     common = {"profile": profile, "overrides": overrides, "workdir": workdir}
@@ -57,4 +62,6 @@ def data_pipeline(
         loop = on_gpu(data.gpu_share(before=before, models=models, step="encode", share=share, **common))
         loop.set_display_name("encode, one share")
     encode = on_cpu(data.encode(caption=before, demo_models=models, **whole).after(loop))
-    return encode.outputs["manifest"]
+    made = encode.outputs["manifest"]
+    revision = on_cpu(data.version(encode=made, remote=remote)).output
+    return namedtuple("Data", ["encode", "revision"])(made, revision)

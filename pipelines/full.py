@@ -18,11 +18,19 @@ def full_pipeline(
     image: str = "",
     tracking_uri: str = "",
     budget_dollars: float = 0.0,
+    remote: str = "",
 ) -> bool:
     """The three pipelines, one after the other; see them for the parameters."""
-    common = {"profile": profile, "overrides": overrides, "workdir": workdir, "data_revision": data_revision}
-    data = data_pipeline(**common, code_revision=code_revision, shares=shares)
+    common = {"profile": profile, "overrides": overrides, "workdir": workdir}
+    made = data_pipeline(
+        **common, data_revision=data_revision, code_revision=code_revision, shares=shares, remote=remote
+    )
+    common["data_revision"] = made.outputs["revision"]
     training = training_pipeline(
-        **common, encode=data.output, image=image, tracking_uri=tracking_uri, budget_dollars=budget_dollars
+        **common,
+        encode=made.outputs["encode"],
+        image=image,
+        tracking_uri=tracking_uri,
+        budget_dollars=budget_dollars,
     )
     return release_pipeline(**common, checkpoint=training.output, tracking_uri=tracking_uri).output
