@@ -50,7 +50,7 @@ def test_a_real_step_takes_what_was_foretold(dtype: str, recompute: str, batch: 
     assert foretold.parts["gradients"] == run.gradient_bytes
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
     assert foretold.parts["optimizer"] == nbytes(moments)
-    assert foretold.parts["averages (EMA)"] == nbytes(run.ema.state_dict().values())
+    assert foretold.parts["averages (EMA)"] == nbytes(run.ema.shares().values())
     assert foretold.peak == pytest.approx(live.peak, rel=0.1)
 
 

@@ -1,16 +1,16 @@
 """One stage's training steps without data or engine, to count what they hold."""
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from opensora.config import Config, TrainConfig
+from opensora.models.checkpointing import set_activation_checkpointing
 from opensora.models.stdit import STDiT
+from opensora.parallel.optimizer import build_optimizer
 from opensora.training.checkpoint import stdit_config
 from opensora.training.ema import Ema
-from opensora.training.train import build_objective, build_optimizer
+from opensora.training.train import build_objective
 from opensora.training_memory import vae_scale
 
 
@@ -26,11 +26,9 @@ class StepRun:
         train: TrainConfig = getattr(config, stage)
         self.train, self.device = train, device
         self.model = STDiT(stdit_config(config, stage, vae_scale(config))).to(device).train()
-        if train.activation_checkpointing == "full":
-            for block in self.model.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        set_activation_checkpointing(self.model, train.activation_checkpointing)
         self.optimizer = build_optimizer(self.model, train)
-        self.ema = Ema(self.model, train.ema_decay)
+        self.ema = Ema(dict(self.model.named_parameters()), train.ema_decay)
         self.objective = build_objective(train)
         self.gradient_bytes = 0
         self.done = 0
