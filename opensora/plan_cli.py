@@ -63,21 +63,21 @@ def plan(
         from rich.console import Console
 
         console = Console(highlight=False)
-        console.print(table(plans, config, kind))
+        what = f"{kind.name} of {kind.memory_gib:.0f} GiB" if kind else "GPU of unknown kind"
+        console.print(f"{config.profile}: {plans[0].parameters:,} parameters, {what}", style="bold")
+        console.print(table(plans, kind))
         for line in notes(plans, config, kind):
             console.print(line, style="dim", soft_wrap=True)
     for made in plans:
         check_fits(config, made.stage)
 
 
-def table(plans: "list[StagePlan]", config: "Config", gpu: "Gpu | None") -> "RenderableType":
+def table(plans: "list[StagePlan]", gpu: "Gpu | None") -> "RenderableType":
     """A column a stage."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    what = f"{gpu.name} of {gpu.memory_gib:.0f} GiB" if gpu else "GPU of unknown kind"
-    title = f"{config.profile}: {plans[0].parameters:,} parameters, {what}"
-    result = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    result = Table(box=SIMPLE_HEAD)
     result.pad_edge, result.collapse_padding = False, True  # three stages in 80 columns
     result.add_column("", no_wrap=True)
     for made in plans:

@@ -16,7 +16,7 @@ from opensora.models.activations import (
     Activations,
     Precision,
     activations,
-    cast_weight_bytes,
+    weight_copy_bytes,
 )
 from opensora.models.flops import Trainable
 from opensora.models.stdit import STDiT, STDiTConfig
@@ -64,10 +64,8 @@ def training_memory(config: Config, train: TrainConfig, shape: TrainConfig | Buc
     states = state_bytes(train, counts)
     one = sample_activations(config, train, shape)
     batch = shape.batch_size
-    copies = block_copies = 0.0
-    if precision(train).copies_weights:
-        block_copies = cast_weight_bytes(model)
-        copies = float(model.depth * block_copies)
+    block_copies = float(weight_copy_bytes(model, precision(train)))
+    copies = model.depth * block_copies
     full = train.activation_checkpointing == "full"
     encoders, encoding = encoder_bytes(config, train, shape) if train.data == "clips" else (0.0, 0.0)
     work = working_bytes(train, counts)
@@ -86,7 +84,7 @@ def training_memory(config: Config, train: TrainConfig, shape: TrainConfig | Buc
     parts = states | {
         "activations": saved,
         "backward pass": float(batch * one.transient),
-        "bfloat16 casts": block_copies if full else copies,
+        "copies of weights": block_copies if full else copies,
         "VAE, text encoder": encoders,
         "gathered from shards": work,
     }
@@ -104,17 +102,18 @@ def state_bytes(train: TrainConfig, counts: Counts) -> dict[str, float]:
     | zero2 | whole, as `dtype` | shard, float32 | shard, as `dtype` | shard |
     | gemini | shard, as `dtype` | shard, float32 | shard, as `dtype` | shard |
 
-    The averages are float32 and always shared out.
+    The averages are float32 and always shared out. With several micro-batches fsdp keeps gradients whole.
     """
     low = LOW if train.dtype == "bfloat16" else FLOAT
     every = train.processes
     everything, learning = float(counts.all), float(counts.trainable)
-    masters, optimizer, averages = 0.0, MOMENTS * FLOAT * learning, FLOAT * everything / every
+    masters, optimizer, averages = 0.0, MOMENTS * FLOAT * learning, FLOAT * learning / every
     match train.strategy:
         case "ddp":
             weights, gradients = FLOAT * everything, FLOAT * learning
         case "fsdp":
-            weights, gradients, optimizer = FLOAT * everything / every, FLOAT * learning / every, optimizer / every
+            weights, optimizer = FLOAT * everything / every, optimizer / every
+            gradients = FLOAT * learning / (every if train.accumulate == 1 else 1)
         case "zero1":
             weights, gradients = low * everything, low * learning
             masters, optimizer = FLOAT * learning / every, optimizer / every

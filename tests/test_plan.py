@@ -1,6 +1,7 @@
 """The plan of a stage: work, time and money follow from its settings, and what cannot fit is refused with a way out."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +131,16 @@ def test_nothing_is_checked_without_a_known_gpu() -> None:
     with pytest.raises(ConfigError):
         check_fits(config("h800", *huge), "train_video")
     assert plan_stage(config("demo"), "train_video", None).gpu_hours is None
+
+
+def test_training_refuses_before_it_starts(tmp_path: Path) -> None:
+    from opensora.training.stages import Source, run
+
+    encoded = tmp_path / "encode"
+    encoded.mkdir()
+    (encoded / "report.json").write_text('{"step": "encode"}')
+    (encoded / "fingerprint.json").write_text('"made here"')
+    values = config("smoke", "hardware.gpu=l40s", "train_video.batch_size=1000000", "train_video.processes=2")
+    with pytest.raises(ConfigError, match="one l40s has"):
+        run(values, "train_video", Source(encoded), None, tmp_path / "train_video", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["encode"]

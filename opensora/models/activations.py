@@ -8,14 +8,14 @@ caption channels. All counts are those of one sample, on each of the processes t
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from opensora.models.attention import MAX_HEADS
+from opensora.models.checkpointing import Checkpointing
 from opensora.models.embeddings import FREQUENCY_CHANNELS
 from opensora.models.flops import Tokens, Trainable
 from opensora.models.stdit import STDiTConfig
 
-Checkpointing = Literal["none", "selective", "full"]
 FLOAT = 4  # bytes of float32, in which norms and attention keep their statistics
 
 
@@ -28,7 +28,7 @@ class Precision(NamedTuple):
 
 
 FLOAT32 = Precision(4, 4)
-AUTOCAST = Precision(2, 2, copies_weights=True)  # all but the weights in bfloat16 (torch.autocast)
+AUTOCAST = Precision(2, 2, copies_weights=True)  # matrix products in bfloat16 (torch.autocast)
 BFLOAT16 = Precision(2, 2)  # bfloat16 weights, the float32 ones in the optimizer (ColossalAI)
 
 
@@ -117,8 +117,7 @@ def block_bytes(
     temporal += rest * product
 
     text = trainable.text * product + 2 * product + sums
-    frames = tokens.by_frame // tokens.space  # each of which is given the text's keys and values
-    keys_values = frames * tokens.text * 2 * product
+    keys_values = tokens.by_frame // tokens.space * tokens.text * 2 * product  # repeated for every frame
 
     mlp = stream + 2 * FLOAT + rest * (stream + product)
     hidden = token_bytes(config, precision)[1]
@@ -166,8 +165,10 @@ def final_bytes(config: STDiTConfig, tokens: Tokens, precision: Precision, train
     return tokens.by_frame * (norm + layer + prediction)
 
 
-def cast_weight_bytes(config: STDiTConfig) -> int:
-    """bfloat16 copies that autocast makes of one block's weights, kept until its backward pass."""
+def weight_copy_bytes(config: STDiTConfig, precision: Precision) -> int:
+    """Copies of one block's weights, kept until its backward pass: casts, and temporal attention's rows in order."""
     square = config.hidden_size**2
     hidden = int(config.hidden_size * config.mlp_ratio)
-    return 2 * (4 * square + 4 * square + 4 * square + 2 * config.hidden_size * hidden)
+    if precision.copies_weights:
+        return precision.product * (12 * square + 2 * config.hidden_size * hidden)
+    return precision.product * 3 * square

@@ -38,10 +38,10 @@ class TorchEngine(Engine):
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        # The buffers are constants, so they are not broadcast before every step.
-        self._wrapped = DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )
+        # The buffers are constants, the same everywhere: without this they would be sent before every step.
+        constants = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
+        self._wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         return self._wrapped
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:

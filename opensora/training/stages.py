@@ -52,6 +52,7 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
         root: folder of all results, where the tracking store lies by default.
 
     Raises:
+        ConfigError: the GPU cannot hold it; nothing was loaded.
         StepError: a process failed, or a run with other values was stopped in the step's folder.
         Stopped: a signal arrived; the next start goes on from the checkpoint.
     """
@@ -74,8 +75,13 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
         return _join(folder, job, getattr(config, stage))
     if folder.is_done():
         return read_report(output)
+    alone = getattr(config, stage).processes == 1
+    if not alone:
+        from opensora.plan import check_fits
+
+        check_fits(config, stage)  # a process that trains checks its own GPU
     _open(folder, job)
-    if getattr(config, stage).processes == 1:
+    if alone:
         from opensora.training.worker import train_in_process
 
         train_in_process(folder.path)
@@ -91,7 +97,7 @@ def deciding(config: Config, stage: str) -> dict[str, object]:
     values = train.model_dump(mode="json", exclude=FREE)
     for shape in (values, *values["buckets"]):
         shape["batch_size"] *= at_once
-    values["image_batch_size"] *= at_once
+    values["image_batch_size"] *= at_once if train.image_share else 0
     return values | {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()}
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from opensora.models.activations import AUTOCAST, BFLOAT16, FLOAT32, activations, cast_weight_bytes
+from opensora.models.activations import AUTOCAST, BFLOAT16, FLOAT32, activations, weight_copy_bytes
+from opensora.models.checkpointing import Checkpointing, set_activation_checkpointing
 from opensora.models.flops import Trainable
 from opensora.models.stdit import STDiT, STDiTConfig
 from tests.live_bytes import LiveBytes
@@ -27,14 +26,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def build(config: STDiTConfig, kind: str = "float32", trainable: str = "all", full: bool = False) -> STDiT:
+def build(config: STDiTConfig, kind: str, trainable: str = "all", checkpointing: Checkpointing = "none") -> STDiT:
     model = STDiT(config).train()
     if kind == "bfloat16":
         model.bfloat16()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(Trainable.named(trainable).has(name))
-    for block in model.blocks if full else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    set_activation_checkpointing(model, checkpointing)
     return model
 
 
@@ -57,7 +55,7 @@ def saved_bytes(model: STDiT, size: tuple[int, int, int], kind: str) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage().data_ptr()
-        copy = tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in weights
+        copy = tensor.ndim == 2 and tuple(sorted(tensor.shape)) in weights
         if place not in owned and not copy:
             kept[place] = tensor  # held, so that its place is not used again
         return tensor
@@ -78,18 +76,18 @@ def test_saved_activations_are_foretold(kind: str, trainable: str, size: tuple[i
 
 
 @pytest.mark.parametrize("kind", PRECISIONS)
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("frames", [12, 24])
-def test_the_peak_of_a_step_is_foretold(kind: str, checkpointing: str, frames: int) -> None:
+def test_the_peak_of_a_step_is_foretold(kind: str, checkpointing: Checkpointing, frames: int) -> None:
     """All that is alive at the worst moment of a step; gradients of weights, which are few then, are not counted."""
     size = (frames, 16, 16)
-    model = build(CONFIG, kind, full=checkpointing == "full")
+    model = build(CONFIG, kind, checkpointing=checkpointing)
     with LiveBytes() as live:
         forward(model, size, kind).backward()
     foretold = activations(CONFIG, size, TEXT, PRECISIONS[kind], checkpointing)
     gradients = sum(parameter.nbytes for parameter in model.parameters())
-    casts = cast_weight_bytes(CONFIG) if kind == "autocast" else 0
-    begin = BATCH * foretold.peak + casts * (CONFIG.depth if checkpointing == "none" else 1)
+    casts = weight_copy_bytes(CONFIG, PRECISIONS[kind])
+    begin = BATCH * foretold.peak + casts * (1 if checkpointing == "full" else CONFIG.depth)
     expected = max(begin, BATCH * foretold.end + casts + gradients)
     assert expected == pytest.approx(live.peak, rel=0.1)
 
