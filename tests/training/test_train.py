@@ -128,6 +128,7 @@ def test_checkpoints_hold_what_resume_needs(reference: Path) -> None:
     assert set(info["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.safetensors"}
     assert (info["step"], info["stage"]) == (STEPS, "train_video")
     assert info["config"]["train_video"]["steps"] == STEPS
+    assert info["metrics"] == json.loads((reference / "report.json").read_text())["metrics"]
     assert not list((reference / "checkpoints").glob("*.part"))
 
 
