@@ -1,0 +1,57 @@
+"""The whole smoke chain as a compiled Kubeflow pipeline, by KFP's own local runner."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opensora.chain import ALL_STEPS
+from tests.conftest import ROOT
+
+pytest.importorskip("kfp", reason="the extra `kubeflow` is not installed")
+pytestmark = pytest.mark.slow
+
+
+def run_local(workdir: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "opensora.cli", "pipeline", "run-local", "full", "--workdir", str(workdir)]
+    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [*command, *options],
+        cwd=ROOT,
+        env=env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_full_pipeline_runs_here_and_a_second_run_repeats_nothing(tmp_path: Path) -> None:
+    workdir, remote = tmp_path / "runs", tmp_path / "remote"
+    remote.mkdir()
+    said = run_local(workdir, "-p", f"remote={remote}")
+    folder = workdir / "smoke"
+    reports = {step: json.loads((folder / step / "report.json").read_text()) for step in ALL_STEPS}
+    assert reports["train_highres"]["metrics"]["loss"] > 0
+    assert "full: True" in said  # promoted: the smoke profile's gate asks for nothing
+
+    artifacts = workdir / "artifacts"
+    (gallery,) = artifacts.glob("*/**/evaluate/gallery")
+    assert "<html" in gallery.read_text()
+    (gate,) = artifacts.glob("*/**/promote/gate")
+    assert "promoted" in gate.read_text()
+    revision = yaml.safe_load((folder / "encode.dvc").read_text())["outs"][0]["md5"]
+    (described,) = artifacts.glob("*/**/train-highres/checkpoint")
+    assert json.loads(described.read_text())["revision"] == revision
+    pushed = {path.relative_to(remote).as_posix() for path in remote.rglob("*") if path.is_file()}
+    assert f"files/md5/{revision[:2]}/{revision[2:]}" in pushed
+
+    times = {step: (folder / step / "report.json").stat().st_mtime_ns for step in ALL_STEPS}
+    run_local(workdir, "-p", f"remote={remote}")
+    assert {step: (folder / step / "report.json").stat().st_mtime_ns for step in ALL_STEPS} == times
