@@ -72,30 +72,25 @@ class Variant:
 
 # In the order of what matters, for a run that is cut off.
 STEPS = [
-    Variant("16x512x512", profiled=True),
-    Variant("16x512x512", compiled=True, profiled=True),
-    Variant("64x512x512", checkpointing="full", rounds=4),
-    Variant("64x512x512", checkpointing="full", compiled=True, rounds=4, profiled=True),
-    Variant("16x512x512", None, compiled=True),
+    Variant("16x512x512", 4, compiled=True, profiled=True),
+    Variant("64x512x512", checkpointing="selective", compiled=True, rounds=3, profiled=True),
+    Variant("64x512x512", checkpointing="full", rounds=3),
     Variant("64x512x512", model="published", checkpointing="full", rounds=3),
     Variant("16x512x512", model="published"),
-    Variant("64x512x512", model="dit", checkpointing="full", rounds=2),
-    Variant("16x512x512", model="dit", rounds=4),
-    Variant("16x512x512", attention="cudnn"),
-    Variant("16x512x512", attention="flash"),
+    Variant("16x512x512", 4, checkpointing="selective", compiled=True),
+    Variant("16x256x256", 12, compiled=True),
+    Variant("64x512x512", checkpointing="full", compiled=True, rounds=3),
+    Variant("16x512x512"),
     Variant("16x512x512", temporal_kernel=False),
+    Variant("16x512x512", 4, checkpointing="full", compiled=True),
     Variant("16x512x512", checkpointing="selective"),
     Variant("16x512x512", checkpointing="full"),
     Variant("16x256x256", 8),
-    Variant("16x256x256", 8, checkpointing="selective"),
-    Variant("16x256x256", 8, checkpointing="full"),
-    Variant("64x512x512", checkpointing="selective", rounds=4),
-    Variant("16x512x512", None, checkpointing="selective"),
-    Variant("16x512x512", None, checkpointing="full"),
-    Variant("16x256x256", None, compiled=True),
-    Variant("16x512x512", checkpointing="selective", compiled=True),
-    Variant("64x512x512", checkpointing="selective", compiled=True, rounds=4),
-    Variant("16x512x512", checkpointing="full", compiled=True),
+    Variant("16x512x512", compiled=True),
+    Variant("64x512x512", model="dit", checkpointing="full", rounds=1),
+    Variant("16x512x512", model="dit", rounds=4),
+    Variant("16x512x512", None, checkpointing="selective", compiled=True),
+    Variant("16x256x256", None, checkpointing="selective", compiled=True),
 ]
 
 
@@ -170,30 +165,53 @@ def ceilings(session: Session) -> None:
         print(f"copy: {figures['gb_per_s']} GB/s", flush=True)
 
 
+def tensor(session: Session, *shape: int) -> Tensor:
+    """Random numbers that take a gradient."""
+    return torch.randn(shape, device=session.device, dtype=torch.bfloat16, requires_grad=True)
+
+
+def clock(session: Session, name: str, call: Callable[..., Tensor], inputs: list[Tensor], flops: int) -> None:
+    """Time of an operation forward, and with its backward pass."""
+    with session.part("kernels", name, 2) as figures:
+        gradient = torch.randn_like(call(*inputs))
+
+        def both() -> None:
+            torch.autograd.grad(call(*inputs), inputs, gradient)
+
+        forward = session.milliseconds(lambda: call(*inputs), 10)
+        whole = session.milliseconds(both, 10)
+        figures.update(forward_ms=round(forward, 3), both_ms=round(whole, 3))
+        figures["tflops_forward"] = round(flops / forward / 1e9)
+        figures["tflops_backward"] = round(2 * flops / max(whole - forward, 1e-6) / 1e9)
+        rates = f"{figures['tflops_forward']} and {figures['tflops_backward']} TFLOP/s"
+        print(f"{name:<62} {forward:8.3f} ms, with backward {whole:8.3f} ms; {rates}", flush=True)
+
+
+def temporal(session: Session) -> None:
+    """Attention over the frames of two videos at 512 pixels: PyTorch's and our kernel, and how close ours is."""
+    space, heads, width = (16, 2, 16) if session.tiny else (1024, XL.num_heads, XL.hidden_size // XL.num_heads)
+    for frames in (16, 32, 64):
+        qkv = tensor(session, 2, frames, space * heads, 3, width)
+        flops = 8 * frames**2 * space * heads * width
+        clock(session, f"temporal attention of {frames} frames, PyTorch", in_time, [qkv], flops)
+        if session.device.type != "cuda":
+            continue
+        for share in (16, 8):
+            temporal_kernel.FRAMES_A_WARP = share
+            name = f"temporal attention of {frames} frames, own kernel, {share} frames a warp"
+            clock(session, name, temporal_kernel.attend, [qkv], flops)
+        temporal_kernel.FRAMES_A_WARP = 16
+        with session.part("kernels", f"error of the own kernel, {frames} frames") as figures:
+            figures.update(kernel_error(qkv[:, :, :4096].detach()))
+            print(f"own kernel, {frames} frames, relative error: {figures}", flush=True)
+
+
 def kernels(session: Session) -> None:
-    """The parts of a block at 512 pixels, forward and with backward, by kernel: what a step's time is made of."""
+    """Matrix products and attention of a block for two videos of 16x512x512, by PyTorch's kernels."""
     batch, frames, space, text, heads, width = (
         (1, 4, 16, 8, 2, 16) if session.tiny else (2, 16, 1024, 120, XL.num_heads, XL.hidden_size // XL.num_heads)
     )
     channels = heads * width
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, device=session.device, dtype=torch.bfloat16, requires_grad=True)
-
-    def clock(name: str, call: Callable[..., Tensor], inputs: list[Tensor], flops: int) -> None:
-        with session.part("kernels", name, 2) as figures:
-            gradient = torch.randn_like(call(*inputs))
-
-            def both() -> None:
-                torch.autograd.grad(call(*inputs), inputs, gradient)
-
-            forward = session.milliseconds(lambda: call(*inputs), 10)
-            whole = session.milliseconds(both, 10)
-            figures.update(forward_ms=round(forward, 3), both_ms=round(whole, 3))
-            figures["tflops_forward"] = round(flops / forward / 1e9)
-            figures["tflops_backward"] = round(2 * flops / max(whole - forward, 1e-6) / 1e9)
-            rates = f"{figures['tflops_forward']} and {figures['tflops_backward']} TFLOP/s"
-            print(f"{name:<62} {forward:8.3f} ms, with backward {whole:8.3f} ms; {rates}", flush=True)
 
     tokens = batch * frames * space
     for rows, columns in (
@@ -202,8 +220,8 @@ def kernels(session: Session) -> None:
         (channels, 4 * channels),
         (4 * channels, channels),
     ):
-        inputs = [tensor(tokens, rows), tensor(columns, rows), tensor(columns)]
-        clock(f"linear {rows} to {columns}", F.linear, inputs, 2 * tokens * rows * columns)
+        inputs = [tensor(session, tokens, rows), tensor(session, columns, rows), tensor(session, columns)]
+        clock(session, f"linear {rows} to {columns}", F.linear, inputs, 2 * tokens * rows * columns)
 
     def spatial(qkv: Tensor) -> Tensor:
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
@@ -211,32 +229,21 @@ def kernels(session: Session) -> None:
 
     for name, backend in {"default": None, **BACKENDS}.items():
         with sdpa_kernel(backend) if backend else nullcontext():
-            qkv = tensor(batch * frames, space, 3, heads, width)
-            clock(f"spatial attention, {name}", spatial, [qkv], 4 * tokens * space * channels)
-            for count in (frames, 4 * frames):
-                qkv = tensor(batch, count, space * heads, 3, width)
-                flops = 4 * batch * count**2 * space * channels
-                clock(f"temporal attention of {count} frames, {name}", in_time, [qkv], flops)
-            keys, values = (tensor(batch, heads, text, width) for _ in range(2))
+            qkv = tensor(session, batch * frames, space, 3, heads, width)
+            clock(session, f"spatial attention, {name}", spatial, [qkv], 4 * tokens * space * channels)
+            keys, values = (tensor(session, batch, heads, text, width) for _ in range(2))
             keep = torch.ones(batch, 1, 1, text, device=session.device, dtype=torch.bool)
             keep[:, :, :, text // 2 :] = False
             for kept, word in ((keep, "masked"), (None, "no mask")):
                 for groups in (1, frames):
-                    q = tensor(batch * groups, tokens // batch // groups, heads, width)
+                    q = tensor(session, batch * groups, tokens // batch // groups, heads, width)
                     clock(
+                        session,
                         f"text attention in {groups} groups, {word}, {name}",
                         lambda q, k, v, kept=kept, groups=groups: to_text(q, k, v, kept, groups),
                         [q, keys, values],
                         4 * tokens * text * channels,
                     )
-    if session.device.type == "cuda":
-        for count in (frames, 4 * frames):
-            qkv = tensor(batch, count, space * heads, 3, width)
-            flops = 4 * batch * count**2 * space * channels
-            clock(f"temporal attention of {count} frames, own kernel", temporal_kernel.attend, [qkv], flops)
-            with session.part("kernels", f"error of the own kernel, {count} frames") as figures:
-                figures.update(kernel_error(qkv[:, :, :4096].detach()))
-                print(f"own kernel, {count} frames, relative error: {figures}", flush=True)
 
 
 def in_time(qkv: Tensor) -> Tensor:
@@ -352,21 +359,19 @@ def steps(session: Session, wanted: list[str]) -> None:
 
 
 def fitting(session: Session, variant: Variant, a_sample: dict[tuple, int], training: Training) -> int:
-    """Samples that fit, by what the same step took for one."""
+    """Samples that fit, by what the same step took for one, compiled or not."""
     if session.tiny:
         return 2
     known = a_sample.get((variant.model, variant.size, variant.checkpointing))
-    if known is None:  # tokens decide
-        others = {key[1]: value for key, value in a_sample.items() if key[2] == variant.checkpointing}
-        size, value = next(iter(others.items()))
-        known = value * token_count(session, variant.size) // token_count(session, size)
-    room = 0.9 * torch.cuda.get_device_properties(0).total_memory - states(training)
+    if known is None:
+        figures: dict = {}
+        eager = replace(variant, batch=1, compiled=False, rounds=1)
+        training.prepare(eager)
+        measure_step(session, eager, training, 1, figures)
+        training.prepare(variant)
+        known = figures["activation_bytes_a_sample"]
+    room = 0.93 * torch.cuda.get_device_properties(0).total_memory - states(training)
     return max(1, min(32, int(room // known)))
-
-
-def token_count(session: Session, size: str) -> int:
-    frames, rows, columns = session.config.tokens(session.sizes[size])
-    return frames * rows * columns
 
 
 def states(training: Training) -> int:
@@ -449,7 +454,7 @@ def main() -> None:
     """Measure, print and keep it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file; by the GPU's name in benchmarks/results/ unless given")
-    parser.add_argument("--parts", nargs="+", choices=("ceilings", "kernels", "steps"), default=None)
+    parser.add_argument("--parts", nargs="+", choices=("ceilings", "temporal", "kernels", "steps"), default=None)
     parser.add_argument("--only", nargs="+", default=[], help="steps whose name holds one of these words")
     parser.add_argument("--limit", type=float, default=540, help="seconds in all, after which nothing new is begun")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU, to try the script")
@@ -458,11 +463,13 @@ def main() -> None:
         torch.set_num_threads(1)
     name = "gpu-tiny" if chosen.tiny else f"gpu-{torch.cuda.get_device_name().lower().replace(' ', '-')}"
     session = Session(chosen.out or RESULTS / f"{name}.json", chosen.tiny, chosen.limit)
-    parts = chosen.parts or ["ceilings", "kernels", "steps"]
+    parts = chosen.parts or ["ceilings", "temporal", "steps", "kernels"]
     for part in parts:
         match part:
             case "ceilings":
                 ceilings(session)
+            case "temporal":
+                temporal(session)
             case "kernels":
                 kernels(session)
             case "steps":

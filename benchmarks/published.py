@@ -7,8 +7,9 @@ model computes either way.
 import torch
 from torch import Tensor, nn
 
+from opensora.models.attention import KeysValues
 from opensora.models.checkpointing import checkpointed
-from opensora.models.stdit import STDiT, STDiTBlock
+from opensora.models.stdit import Shard, STDiT, STDiTBlock
 
 
 def as_published(model: STDiT) -> STDiT:
@@ -44,8 +45,17 @@ class PublishedBlock(STDiTBlock):
 
     @checkpointed
     def forward(
-        self, x: Tensor, text: Tensor, t0: Tensor, keep: Tensor | None, frames: int, position: Tensor | None
+        self,
+        x: Tensor,
+        text: Tensor | KeysValues,
+        t0: Tensor,
+        keep: Tensor | None,
+        frames: int,
+        temporal_position: Tensor | None,
+        shard: Shard | None = None,
     ) -> Tensor:
+        assert shard is None
+        assert isinstance(text, Tensor)  # encoded text is for sampling
         batch, tokens, channels = x.shape
         space = tokens // frames
         table = (self.scale_shift_table[None] + t0.view(batch, 6, channels)).to(x.dtype)
@@ -54,7 +64,9 @@ class PublishedBlock(STDiTBlock):
         x = x + gate1 * self_attention(within, self.attn).view(x.shape)
 
         along = x.view(batch, frames, space, channels).transpose(1, 2).reshape(batch * space, frames, channels)
-        along = self_attention(along if position is None else along + position.to(x.dtype), self.attn_temp)
+        along = self_attention(
+            along if temporal_position is None else along + temporal_position.to(x.dtype), self.attn_temp
+        )
         x = x + gate1 * along.view(batch, space, frames, channels).transpose(1, 2).reshape(x.shape)
 
         q = self.cross_attn.q_linear(x).view(batch, tokens, self.cross_attn.num_heads, -1).transpose(1, 2)

@@ -73,7 +73,16 @@ def run_step(name: str, config: "Config", root: Path) -> "Report":
 
             local = config.caption.backend == "llava"
             model = weights_folder(config, base, config.caption.model) if local else None
-            return caption(config.caption, base / "score", base / "split", model, output, config.executor)
+            return caption(
+                config.caption,
+                base / "score",
+                base / "split",
+                model,
+                output,
+                config.executor,
+                clip=optional_weights(config, config.score.clip),
+                min_text_match=config.score.min_text_match,
+            )
         case "encode":
             from opensora.data.encode import run as encode
 

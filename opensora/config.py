@@ -125,7 +125,7 @@ class ScoreConfig(Section):
     clip: str = Field("", description="CLIP model, folder below weights_dir; empty: neither of the next two")
     aesthetic_head: str = Field("", description="linear or MLP head over CLIP's image features, file below weights_dir")
     min_aesthetic: float | None = Field(None, description="aesthetic score, about 1…10")
-    min_text_match: float | None = Field(None, description="cosine of CLIP's features of frames and given caption")
+    min_text_match: float | None = Field(None, description="cosine of CLIP's features of frames and caption")
     workers: Positive = Field(2, description="worker processes")
 
 

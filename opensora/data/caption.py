@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from opensora.data.answers import Question
 
 STOPPED = "stopped.txt"  # in the work folder: why no shard needs to try
+MATCHED_AT_ONCE = 16  # clips that CLIP sees together
 FOR_THE_FOLDER = {"max_new_tokens", "caption_retries", "retry_temperature", "max_bad_share"}  # beside what asks
 
 
@@ -54,6 +55,8 @@ class Task:
     model: Path | None  # folder, for the backend llava
     answers: Path  # folder of the AnswerLog; its name tells what was asked of which model
     part: Path
+    clip: Path | None = None  # folder of CLIP, which scores how well the captions fit
+    min_text_match: float | None = None
 
     @property
     def numbers(self) -> Path:
@@ -62,21 +65,34 @@ class Task:
 
 
 def run(
-    config: CaptionConfig, inputs: Path, shards: Path, model: Path | None, output: Path, executor: ExecutorConfig
+    config: CaptionConfig,
+    inputs: Path,
+    shards: Path,
+    model: Path | None,
+    output: Path,
+    executor: ExecutorConfig,
+    *,
+    clip: Path | None = None,
+    min_text_match: float | None = None,
 ) -> Report:
     """Caption the kept clips of the score step in `inputs`.
 
     Args:
         shards: folder of the split step.
         model: folder of a LLaVA or LLaVA-NeXT model that Transformers loads; None for the backend `endpoint`.
+        clip: folder of CLIP; generated captions get the score `text_match`, as given ones did in the score step.
+        min_text_match: clips whose generated caption scores less are dropped.
 
     Raises:
-        StepError: too many clips are without a caption in the end, a shard is missing, or the server answers none.
+        StepError: too many clips are without a caption in the end, none is left, a shard is missing, or the server
+            answers none.
+        WeightsError: CLIP cannot be loaded.
     """
     kept = output.parent / CACHE / "captions"
     asking = _asking(config, model, kept)
     rest = config.model_dump(include=FOR_THE_FOLDER)
-    folder = StepFolder(output, fingerprint(asking, rest, manifest_hash(inputs)))
+    match = [min_text_match, hash_folder(clip, kept)] if clip else []
+    folder = StepFolder(output, fingerprint(asking, rest, match, manifest_hash(inputs)))
     if folder.is_done():
         return read_report(output)
     work = folder.open()
@@ -84,7 +100,8 @@ def run(
     answers = kept / fingerprint(asking)[:16]
     answers.mkdir(parents=True, exist_ok=True)
     write_json(answers / "about.json", asking)
-    tasks = [Task(config, part, shards, model, answers, work / part.name) for part in list_parts(inputs)]
+    about = (shards, model, answers)
+    tasks = [Task(config, part, *about, work / part.name, clip, min_text_match) for part in list_parts(inputs)]
     try:
         run_shards(caption_shard, tasks, executor, config.workers, "captioning", count_rows(inputs))
     finally:
@@ -101,8 +118,7 @@ def _asking(config: CaptionConfig, model: Path | None, kept: Path) -> dict[str, 
     if config.backend == "endpoint":
         return about | {"model": config.model, "max_side": config.max_side}
     assert model is not None
-    files = {name: value for name, value in hash_folder(model, kept).items() if not name.endswith(".md")}
-    return about | {"files": files, "dtype": config.dtype}
+    return about | {"files": hash_folder(model, kept), "dtype": config.dtype}
 
 
 def _report(tasks: list[Task]) -> Report:
@@ -112,24 +128,27 @@ def _report(tasks: list[Task]) -> Report:
         StepError: too many clips are without a caption; their shards go, so that the next run tries them again.
     """
     name = _name(tasks[0])
-    tally, generated, failed = Tally(), 0, Tally()
+    tally, captioned, generated, failed = Tally(), 0, 0, Tally()
     for task in tasks:
         clips = read_part(task.part)
         tally.add(clips)
         ours = [clip for clip in clips if clip.caption_model == name]
-        failed.add(clip for clip in ours if not clip.kept)
+        failed.add(clip for clip in ours if not clip.caption)
+        captioned += sum(bool(clip.caption) for clip in ours)
         generated += sum(clip.kept for clip in ours)
-    share = failed.total / max(1, failed.total + generated)
+    share = failed.total / max(1, failed.total + captioned)
     config = tasks[0].config
-    if not failed.total and not tally.kept:
+    if not failed.total and not captioned and not tally.kept:
         raise StepError(f"there is no clip to caption, all were dropped before: {tally.reasons}")
-    if not tally.kept or share > config.max_bad_share:
+    if share > config.max_bad_share or not (captioned or tally.kept):
         shutil.rmtree(tasks[0].part.parent)
         raise StepError(
-            f"{failed.total} of {failed.total + generated} clips got no caption, more than caption.max_bad_share="
+            f"{failed.total} of {failed.total + captioned} clips got no caption, more than caption.max_bad_share="
             f"{config.max_bad_share:g} ({failed.reasons}); look at the model, caption.prompt and "
             "caption.max_new_tokens; what was answered is kept"
         )
+    if not tally.kept:
+        raise StepError(f"no clip fits its caption ({tally.reasons}); lower score.min_text_match")
     metrics = {"given": float(tally.kept - generated), "generated": float(generated)}
     metrics |= _speed([json.loads(task.numbers.read_text()) for task in tasks], config)
     return Report("caption", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped), metrics=metrics)
@@ -166,8 +185,33 @@ def caption_shard(task: Task) -> None:
     except ServerError as error:
         stopped.write_text(str(error))  # the other shards need not find out for themselves
         raise
+    rows = [work.row(clip) for clip in clips]
+    if task.clip:
+        _match(rows, [index for index, row in enumerate(rows) if row.clip_id in work.clips and row.kept], task)
     write_json(task.numbers, work.numbers)
-    write_part(task.part, [work.row(clip) for clip in clips])
+    write_part(task.part, rows)
+
+
+def _match(rows: list[Clip], told: list[int], task: Task) -> None:
+    """Score how well the captions of the rows `told` fit, and drop those that fit too badly."""
+    from opensora.data.clip_scores import load_scorer
+    from opensora.data.measure import POSITIONS
+
+    assert task.clip
+    scorer = load_scorer(task.clip, None, task.config.threads)
+    for first in range(0, len(told), MATCHED_AT_ONCE):
+        shown: dict[int, np.ndarray] = {}
+        for index in told[first : first + MATCHED_AT_ONCE]:
+            try:
+                shown[index] = pick_frames(read_clip(task.shards, rows[index]), POSITIONS)
+            except VideoError as error:
+                rows[index] = replace(rows[index], kept=False, reason=str(error))
+        values = scorer.text_match(list(shown.values()), [rows[index].caption for index in shown])
+        for index, value in zip(shown, values, strict=True):
+            row = rows[index] = replace(rows[index], scores=rows[index].scores | {"text_match": value})
+            if task.min_text_match is not None and not value >= task.min_text_match:
+                reason = f"mismatched: text_match {value:.4g} < {task.min_text_match:g}"
+                rows[index] = replace(row, kept=False, reason=reason)
 
 
 @dataclass

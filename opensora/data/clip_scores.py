@@ -1,6 +1,5 @@
 """Scores by CLIP from local weights: how well frames fit a text, and how good they look."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from opensora.data.gpu import process_device
 from opensora.weights import WeightsError, load_strict, load_tensors
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ HEAD_WIDTHS = (1024, 128, 64, 16, 1)  # of LAION's "improved aesthetic predictor
 
 
 @cache
-def load_scorer(folder: Path, head: Path | None) -> "ClipScorer":
-    """The scorer of this process, loaded once: on a GPU in bfloat16, else on one CPU thread a process."""
+def load_scorer(folder: Path, head: Path | None, threads: int = 1) -> "ClipScorer":
+    """The scorer of this process, loaded once: on a GPU in bfloat16, else on `threads` of the CPU."""
     import torch
 
-    if torch.cuda.is_available():  # workers start one after another, so that their numbers spread over the GPUs
-        return ClipScorer(folder, head, f"cuda:{os.getpid() % torch.cuda.device_count()}", torch.bfloat16)
-    torch.set_num_threads(1)  # there are as many workers as cores
+    if torch.cuda.is_available():
+        return ClipScorer(folder, head, process_device(), torch.bfloat16)
+    torch.set_num_threads(threads)
     return ClipScorer(folder, head)
 
 

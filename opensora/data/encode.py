@@ -3,14 +3,13 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from opensora.config import EncodeConfig, ExecutorConfig
 from opensora.data.clip_reader import ClipError, scaled_frames
 from opensora.data.executor import run_shards
-from opensora.data.gpu import claim_gpu
+from opensora.data.gpu import process_device
 from opensora.data.keyed_files import KeyedFiles, Unusable
 from opensora.data.reuse import Keeper, hash_folder
 from opensora.data.shards import latent_names, read_clip, text_key
@@ -220,7 +219,6 @@ def _text_width(folder: Path) -> int:
 
 
 _MODELS: dict[tuple[Path, str], object] = {}  # a worker process loads each model once, and only one that it needs
-_CLAIMS: list[IO[str] | None] = []  # of a GPU, held until this process ends
 
 
 def _vae(task: Task) -> "FrameVAE":
@@ -239,7 +237,7 @@ def _loaded(kind: "Callable[[Path, str, torch.dtype], Model]", folder: Path, dty
     import torch
 
     if (folder, dtype) not in _MODELS:
-        _MODELS[folder, dtype] = kind(folder, _device(), getattr(torch, dtype))
+        _MODELS[folder, dtype] = kind(folder, process_device(), getattr(torch, dtype))
     return cast("Model", _MODELS[folder, dtype])
 
 
@@ -249,15 +247,3 @@ def _set_threads(threads: int) -> None:
 
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
-
-
-@cache
-def _device() -> str:
-    """The CPU, or the GPU that this process claims."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    index, claim = claim_gpu(torch.cuda.device_count())
-    _CLAIMS.append(claim)
-    return f"cuda:{index}"

@@ -2,10 +2,25 @@
 
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 from opensora.step import lock_file
+
+_claims: list[IO[str] | None] = []  # of this process, until it ends
+
+
+@cache
+def process_device() -> str:
+    """Where the models of this process compute, as torch names it: on the GPU that it claims, else on the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    index, claim = claim_gpu(torch.cuda.device_count())
+    _claims.append(claim)
+    return f"cuda:{index}"
 
 
 def claim_gpu(count: int) -> tuple[int, IO[str] | None]:

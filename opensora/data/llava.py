@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora.config import CaptionConfig
 from opensora.data.answers import Answer
-from opensora.data.gpu import claim_gpu
+from opensora.data.gpu import process_device
 from opensora.step import StepError
 
 if TYPE_CHECKING:
@@ -35,11 +35,8 @@ class Llava:
         self.config = config
         self.batch_size = config.batch_size
         self.ahead = config.batch_size
-        if torch.cuda.is_available():
-            index, self._claim = claim_gpu(torch.cuda.device_count())
-            self.device = f"cuda:{index}"
-        else:
-            self.device = "cpu"
+        self.device = process_device()
+        if self.device == "cpu":
             torch.set_num_threads(config.threads)
         self.processor: Any = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         self.processor.tokenizer.padding_side = "left"

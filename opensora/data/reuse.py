@@ -22,7 +22,7 @@ UNFINISHED = ".unfinished"  # ends the name of the folder for files of a run tha
 
 
 def hash_folder(folder: Path, memory: Path) -> dict[str, str]:
-    """sha256 of every file of a model's folder, by name.
+    """sha256 of every file of a model's folder that a model could read, by name: all but notes (`.md`).
 
     Files of tens of GB are read once: `memory` remembers the hash of a file by its path, size and time of change.
     """
@@ -31,7 +31,7 @@ def hash_folder(folder: Path, memory: Path) -> dict[str, str]:
     except (OSError, json.JSONDecodeError):
         known = {}
     hashes = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"):
         about = path.stat()
         state = [about.st_size, about.st_mtime_ns]
         entry = known.get(str(path.resolve()))

@@ -109,8 +109,7 @@ def _identify(clip: Path | None, head: Path | None, memory: Path) -> str:
         return ""
     if not clip.is_dir():
         raise WeightsError(f"{clip} is no folder; score.clip wants CLIP as Transformers saves it")
-    files = {name: value for name, value in hash_folder(clip, memory).items() if not name.endswith(".md")}
-    return fingerprint(files, hash_file(head) if head else "")
+    return fingerprint(hash_folder(clip, memory), hash_file(head) if head else "")
 
 
 def _cache_name(part: Path, models: str) -> str:

@@ -7,8 +7,9 @@ are kept from being rounded.
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,15 +57,22 @@ def build_colossal_engine(config: TrainConfig) -> Engine:
 
 def fastest_adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """HybridAdam or FusedAdam if ColossalAI's kernels load, which takes a CUDA toolkit; else PyTorch's fused AdamW."""
+    kind = _usable_adam()
+    return kind(decay_groups(model, config.weight_decay), lr=config.lr) if kind else build_optimizer(model, config)
+
+
+@cache
+def _usable_adam() -> Callable[..., torch.optim.Optimizer] | None:
+    """The first of ColossalAI's optimizers whose kernels compile and load here; tried, and logged, once."""
     for kind in (HybridAdam, FusedAdam) if torch.cuda.is_available() else ():
         try:
-            optimizer = kind(decay_groups(model, config.weight_decay), lr=config.lr)
+            kind([nn.Parameter(torch.zeros(1, device="cuda"))])
         except Exception as error:  # compilers fail in many ways
-            log.info("optimizer: %s is not usable here (%s)", kind.__name__, str(error).partition("\n")[0])
+            log.info("optimizer: %s is not usable here: %s", kind.__name__, str(error).partition("\n")[0])
         else:
             log.info("optimizer: ColossalAI's %s", kind.__name__)
-            return optimizer
-    return build_optimizer(model, config)
+            return kind
+    return None
 
 
 class ColossalDdpEngine(TorchEngine):
@@ -89,6 +97,8 @@ class ColossalDdpEngine(TorchEngine):
 
 class ZeroEngine(Engine):
     """LowLevelZero: gradients are summed as in DDP (1) or in shards (2); masters and moments are shards in both."""
+
+    _optimizer: Any  # LowLevelZeroOptimizer
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -158,6 +168,7 @@ class ZeroEngine(Engine):
 class GeminiEngine(Engine):
     """Gemini: weights too are shards, of chunks that are gathered where they are needed; all stays on the GPU."""
 
+    _optimizer: Any  # GeminiOptimizer
     _pending = False  # gradients lie where Gemini keeps the weights
 
     def __init__(self, config: TrainConfig) -> None:
@@ -180,7 +191,7 @@ class GeminiEngine(Engine):
         model.register_forward_pre_hook(_timesteps_from_bits)
         boosted, self._optimizer, *_ = Booster(plugin=plugin).boost(model, optimizer)
         self._clip_norm = config.clip_norm
-        self._note_shards(boosted, exact)
+        self._note_shards(exact)
         self._fill("weights", exact)
         return _TimestepsAsBits(boosted)
 
@@ -208,10 +219,9 @@ class GeminiEngine(Engine):
             self._optimizer.module.chunk_manager.accumulating_grads = False
             self._pending = False
 
-    def _note_shards(self, boosted: nn.Module, exact: Mapping[str, Tensor]) -> None:
+    def _note_shards(self, exact: Mapping[str, Tensor]) -> None:
         """Which range of each parameter this process has, and the optimizer's stand-in for it."""
-        names = {id(parameter): name for name, parameter in boosted.unwrap().named_parameters()}
-        self._parameters = dict(boosted.unwrap().named_parameters())
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
         optimizer = self._optimizer
         own: dict[str, Range] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}

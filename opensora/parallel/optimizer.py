@@ -1,6 +1,7 @@
 """AdamW: what of a model it decays, and PyTorch's own with a state from the start."""
 
 import logging
+from functools import cache
 
 import torch
 from torch import nn
@@ -22,8 +23,13 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """PyTorch's fused AdamW, which updates all parameters in one kernel, on CPUs too."""
-    log.info("optimizer: PyTorch's fused AdamW")
+    _log_once("optimizer: PyTorch's fused AdamW")
     return torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.lr, fused=True)
+
+
+@cache
+def _log_once(line: str) -> None:
+    log.info(line)
 
 
 def start_state(optimizer: torch.optim.Optimizer) -> None:

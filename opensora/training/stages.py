@@ -97,7 +97,7 @@ def deciding(config: Config, stage: str) -> dict[str, object]:
     values = train.model_dump(mode="json", exclude=FREE)
     for shape in (values, *values["buckets"]):
         shape["batch_size"] *= at_once
-    values["image_batch_size"] *= at_once
+    values["image_batch_size"] *= at_once if train.image_share else 0
     return values | {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()}
 
 

@@ -1,5 +1,6 @@
 """One process of a stage: what it is given by the job file, it turns into a trainer; rank 0 leaves the result."""
 
+import errno
 import json
 import logging
 import sys
@@ -165,6 +166,11 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("error: the disk is full; free some space and start again to resume", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -17,6 +17,8 @@ import pytest
 from opensora.config import CaptionConfig, ExecutorConfig, load_config
 from opensora.data import caption, endpoint
 from opensora.data.caption import STOPPED
+from opensora.data.clip_scores import ClipScorer
+from opensora.data.measure import POSITIONS
 from opensora.data.shards import read_clip
 from opensora.data.video import VideoError, pick_frames, read_frames
 from opensora.demo.captioner import caption_exact_match, train_llava
@@ -25,6 +27,7 @@ from opensora.manifest import GIVEN, Clip, list_parts, part_name, read_manifest,
 from opensora.step import Report, StepError
 from tests.conftest import ROOT
 from tests.data.caption_server import CaptionServer, Reply, Request, caption_server, see
+from tests.data.tiny_clip import build_clip
 
 SEQUENTIAL = ExecutorConfig(kind="sequential", retries=0)
 SMOKE = load_config(ROOT / "params.yaml", "smoke").caption
@@ -192,6 +195,43 @@ def test_other_thresholds_prompts_and_limits_ask_what_they_must(bare: Path, clip
         assert len(server.requests) == 2 * (len(rows) - 1) + 3
     abouts = sorted((tmp_path / ".cache" / "captions").glob("*/about.json"))
     assert {json.loads(path.read_text())["prompt"] for path in abouts} == {SMOKE.prompt, "and now"}
+
+
+def test_generated_captions_that_fit_too_badly_are_dropped_with_the_reason(
+    bare: Path, scored: Path, clips: Path, tmp_path: Path
+) -> None:
+    model = build_clip(tmp_path / "clip")
+    output = tmp_path / "caption"
+
+    def step(server: CaptionServer, inputs: Path, limit: float | None) -> tuple[dict[str, Clip], Report]:
+        shutil.rmtree(output, ignore_errors=True)
+        report = caption.run(
+            config(server), inputs, clips / "split", None, output, SEQUENTIAL, clip=model, min_text_match=limit
+        )
+        return {row.clip_id: row for row in read_manifest(output)}, report
+
+    with caption_server() as server:
+        rows, report = step(server, scored, None)
+        told = {name: row for name, row in rows.items() if row.caption_model != GIVEN}
+        assert (len(told), report.metrics["generated"], report.kept) == (8, 8, 16)
+        scorer = ClipScorer(model)
+        for row in told.values():
+            frames = pick_frames(read_clip(clips / "split", row), POSITIONS)
+            assert row.scores["text_match"] == pytest.approx(scorer.text_match([frames], [row.caption])[0], abs=1e-4)
+        limit = sorted(row.scores["text_match"] for row in told.values())[3]
+        judged, report = step(server, scored, limit)
+        bad = {name for name, row in told.items() if row.scores["text_match"] < limit}
+        assert bad
+        assert {name for name, row in judged.items() if not row.kept} == bad
+        assert all(judged[name].reason.startswith("mismatched: text_match ") for name in bad)
+        assert all(judged[name].caption == told[name].caption for name in bad)
+        assert (report.dropped, report.kept) == ({"mismatched": len(bad)}, 16 - len(bad))
+        assert (report.metrics["given"], report.metrics["generated"]) == (8, 8 - len(bad))
+        assert len(server.requests) == 8  # another threshold asks nothing again
+        with pytest.raises(
+            StepError, match=r"no clip fits its caption \(.*15 mismatched.*; lower score.min_text_match"
+        ):
+            step(server, bare, 1.1)
 
 
 CHILD = """

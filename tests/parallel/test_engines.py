@@ -60,7 +60,7 @@ def run_processes(
         for rank in range(2)
     ]
     try:
-        assert [worker.wait(300) for worker in workers] == [0, 0]
+        assert [worker.wait(500) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()
@@ -173,9 +173,9 @@ def test_who_never_came_is_named() -> None:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "localhost", free_ports(1)[0]
     errors: dict[int, str] = {}
 
-    def arrive(rank: int, processes: int) -> None:
+    def arrive(rank: int, processes: int, seconds: int = 5) -> None:
         try:
-            join(Place(rank, processes, 0, torch.device("cpu")), settings(join_timeout_s=5))
+            join(Place(rank, processes, 0, torch.device("cpu")), settings(join_timeout_s=seconds))
         except JoinError as error:
             errors[rank] = str(error)
 
@@ -185,7 +185,7 @@ def test_who_never_came_is_named() -> None:
             thread.start()
         for thread in threads:
             thread.join(60)
-        arrive(1, 2)
+        arrive(1, 2, seconds=1)
     finally:
         del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     assert errors[0].startswith("ranks 1, 3 of 4 did not arrive in 5 s (join_timeout_s)")

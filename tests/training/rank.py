@@ -1,4 +1,4 @@
-"""One process of a run for `test_kills`, which starts it in a copy of a process that has imported everything."""
+"""One process of a run for `runs.begin`, which starts it in a copy of a process that has imported everything."""
 
 import os
 from pathlib import Path

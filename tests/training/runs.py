@@ -1,12 +1,14 @@
 """Runs of a stage that tests of training share: their configuration, records and results."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 from opensora.config import Config, load_config
+from opensora.step import write_json
 from opensora.training.journal import Journal
-from opensora.training.stages import Source, run
+from opensora.training.stages import JOB, Source, run
 from tests.conftest import ROOT
+from tests.training.rank import train_as
 
 STAGE = "train_video"
 STEPS = 8
 COMMON = ("train_video.log_every=1", "train_video.checkpoint_every=3", f"train_video.steps={STEPS}")
 LIMIT_S = 120.0
+WORLD_SIZE = 2
+IMPORTED = ["opensora.training.worker", "opensora.training.train", "opensora.tracking", "mlflow"]
 
 
 def config(*overrides: str) -> Config:
@@ -112,3 +118,42 @@ def free_port() -> int:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return place.getsockname()[1]
+
+
+def prepare(values: Config, encoded: Path, work: Path, previous: str = "") -> Path:
+    """A work folder with the job in it, as the stage's own."""
+    work.mkdir(parents=True)
+    job = {"config": values.model_dump(mode="json"), "stage": STAGE, "previous": previous, "root": str(work)}
+    write_json(work / JOB, job | {"source": {"manifest": str(encoded)}})
+    return work
+
+
+def begin(work: Path) -> list[BaseProcess]:
+    """Two processes of the run, copies of one that has imported torch and the rest: a start costs a second, not ten."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    port = free_port()
+    processes = [
+        context.Process(target=train_as, args=(rank, WORLD_SIZE, port, work), daemon=True) for rank in range(WORLD_SIZE)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes: list[BaseProcess]) -> None:
+    """Kill what is left of them, in that order."""
+    for process in processes:
+        process.kill()
+        process.join(LIMIT_S)
+
+
+def finish(work: Path) -> None:
+    """Train in `work` to the end."""
+    processes = begin(work)
+    try:
+        for process in processes:
+            process.join(LIMIT_S)
+        assert [process.exitcode for process in processes] == [0] * WORLD_SIZE
+    finally:
+        end(processes)

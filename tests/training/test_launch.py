@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.training.runs import STAGE, config, losses, same, train, wait_for_losses
+from tests.training.runs import STAGE, config, finish, losses, prepare, same, train, wait_for_losses
 
 STEPS = 60
 QUIET = ("model.class_dropout_prob=0.0", f"{STAGE}.steps={STEPS}", f"{STAGE}.checkpoint_every={STEPS}")
@@ -58,7 +58,8 @@ def test_joined_processes_stop_and_go_on_also_as_another_number(encoded: Path, t
     shutil.copytree(encoded, tmp_path / "two" / "smoke" / "encode")
     image = Path("smoke") / "train_image"
     weights = train_image(encoded, tmp_path / "two" / image)
-    whole = train(two, encoded, tmp_path / "whole", weights)
+    whole = prepare(two, encoded, tmp_path / "whole", str(weights))
+    finish(whole)
     process = popen(LAUNCH, *step(tmp_path / "two"))
     work = tmp_path / "two" / "smoke" / ".partial" / STAGE
     try:
