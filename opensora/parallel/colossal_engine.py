@@ -301,7 +301,7 @@ class GeminiAdamW(torch.optim.Optimizer):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                [torch.tensor(float(state["step"]), device=parameters[0].device) for state in states],
+                [torch.tensor(float(states[0]["step"]), device=parameters[0].device)] * len(states),
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
