@@ -1,38 +1,40 @@
-"""How the data steps grow: two processes against one, and the memory of ten times as many clips.
+"""How the data steps grow: two worker processes against one, and the memory of ten times as many clips.
 
-    python -m benchmarks.data_steps [--clips 10000]
+    python -m benchmarks.data_steps pool        # four minutes on two CPU cores that do nothing else
+    python -m benchmarks.data_steps memory [--clips 10000]        # ten minutes
 
-Ten minutes on two CPU cores that do nothing else. Clips are tiny, since memory must not follow their number, whatever
-their size; the pool is timed on 480p video, by the clock, as what is measured is two cores.
+The pool is timed by the clock, as what is measured is two cores: the whole command `opensora split` on forty 480p
+videos, with `split.workers` of 1 and of 2. Of memory's clips only the number counts, so that they are tiny.
 """
 
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.measure import save
 from opensora.config import EncodeConfig, ExecutorConfig, ScoreConfig, SplitConfig
 from opensora.data import encode, score, split
 from opensora.data.cut import ClipWriter
 from opensora.data.shards import ShardWriter
 from opensora.data.video import probe
-from opensora.demo.autoencoder import build_vae
-from opensora.demo.text_encoder import build_text_encoder
 from opensora.manifest import Clip, part_name, write_part
 
 PART_CLIPS = 100
 PART_VIDEOS = 10
 SHOTS = 10  # a video
 WORDS = ("a", "red", "circle")
+POOL_VIDEOS, POOL_SHARD = 40, 2  # videos to split, and of them in a shard: as many shards as keep both workers busy
+ROUNDS = 3
 
 
 def moving(frames: int, height: int, width: int, seed: int) -> np.ndarray:
@@ -80,29 +82,51 @@ def captioned(folder: Path, data: bytes, count: int) -> Path:
     return folder
 
 
-def pool_ratio(folder: Path) -> dict[str, object]:
-    """Wall time of splitting 480p videos with one process and with two, in turn."""
-    path = folder / "480p.mp4"
-    videos = [video(folder / f"480p-{index}.mp4", 4, 60, 480, 854, index) for index in range(8)]
-    path.unlink(missing_ok=True)
-    inputs = downloaded(folder / "pool" / "download", videos)
-    for part in inputs.glob("*.parquet"):
-        part.unlink()
-    for index, clip in enumerate(videos):
-        write_part(inputs / part_name(index), [clip])
+def pool(folder: Path) -> dict[str, object]:
+    """Wall time of the command `opensora split` on 480p videos with one worker and with two, in turn."""
+    (folder / "videos").mkdir()
+    for index in range(POOL_VIDEOS):
+        video(folder / "videos" / f"{index}.mp4", 4, 60, 480, 854, index)
+    opensora = [sys.executable, "-m", "opensora.cli"]
+    where = ["--profile", "single_gpu", "--workdir", str(folder / "runs")]
+    source = [f"--set=download.source={folder / 'videos'}", f"--set=download.shard_videos={POOL_SHARD}"]
+    subprocess.run([*opensora, "download", *where, *source], check=True)
     times: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(3):
-        for workers in (1, 2):
-            shutil.rmtree(folder / "pool" / "split", ignore_errors=True)
+    for _ in range(ROUNDS):
+        for workers, seconds in times.items():
+            shutil.rmtree(folder / "runs" / "single_gpu" / "split", ignore_errors=True)
             start = time.monotonic()
-            split.run(SplitConfig(workers=workers), inputs, folder / "pool" / "split", ExecutorConfig())
-            times[workers].append(time.monotonic() - start)
-    one, two = (sorted(times[workers])[1] for workers in (1, 2))
-    return {"seconds_one": round(one, 2), "seconds_two": round(two, 2), "ratio": round(one / two, 2)}
+            subprocess.run([*opensora, "split", *where, *source, f"--set=split.workers={workers}"], check=True)
+            seconds.append(time.monotonic() - start)
+    one, two = median(times[1]), median(times[2])
+    return {
+        "command": "python -m benchmarks.data_steps pool",
+        "videos": POOL_VIDEOS,
+        "seconds_one": round(one, 2),
+        "seconds_two": round(two, 2),
+        "ratio": round(one / two, 2),
+        "rounds": {str(workers): [round(value, 2) for value in values] for workers, values in times.items()},
+    }
 
 
-def memory(folder: Path, clips: int) -> dict[str, float]:
-    """Peak MiB of all processes of a step, with two workers."""
+def memory(folder: Path, clips: int) -> dict[str, object]:
+    """Peak MiB of all processes of each step for a tenth of the clips and for all of them."""
+    few, many = peaks(folder, clips // 10), peaks(folder, clips)
+    return {
+        "command": f"python -m benchmarks.data_steps memory --clips {clips}",
+        "clips": [clips // 10, clips],
+        "peak_mib": {step: [few[step], many[step]] for step in many},
+        "growth": {step: round(many[step] / few[step], 3) for step in many},
+    }
+
+
+def peaks(folder: Path, clips: int) -> dict[str, float]:
+    """Peak MiB of all processes of each step, with two workers."""
+    import torch  # here, since every worker imports this file's head
+
+    from opensora.demo.autoencoder import build_vae
+    from opensora.demo.text_encoder import build_text_encoder
+
     small = folder / "small.mp4"
     row = video(small, SHOTS, 16, 64, 64, 1)
     one = folder / "one.mp4"
@@ -118,37 +142,30 @@ def memory(folder: Path, clips: int) -> dict[str, float]:
         for index in range(clips // SHOTS)
     ]
     inputs = downloaded(base / "download", videos)
-    peaks = {"split": split.run(SplitConfig(), inputs, base / "split", executor).peak_memory_mib}
+    found = {"split": split.run(SplitConfig(), inputs, base / "split", executor).peak_memory_mib}
     shutil.rmtree(base / "split")
     rows = captioned(base / "split", one.read_bytes(), clips)
     lax = ScoreConfig(min_short_side=None)
-    peaks["score"] = score.run(lax, rows, base / "score", executor).peak_memory_mib
+    found["score"] = score.run(lax, rows, base / "score", executor).peak_memory_mib
     sizes = EncodeConfig(sizes=((32, 32),), max_tokens=8, workers=2)
     report = encode.run(sizes, rows, rows, folder / "vae", folder / "t5", base / "encode", executor)
-    peaks["encode"] = report.peak_memory_mib
+    found["encode"] = report.peak_memory_mib
     shutil.rmtree(base)
-    return {name: round(value, 1) for name, value in peaks.items()}
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def main() -> None:
-    """Measure both and save them."""
+    """Measure one of the two and save it."""
+    from benchmarks.measure import save  # imports torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=10_000)
-    clips = parser.parse_args().clips
+    parser.add_argument("what", choices=("pool", "memory"))
+    parser.add_argument("--clips", type=int, default=10_000, help="of memory")
+    chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pool = pool_ratio(folder)
-        print(json.dumps(pool), flush=True)
-        few, many = memory(folder, clips // 10), memory(folder, clips)
-    values = {
-        "command": f"python -m benchmarks.data_steps --clips {clips}",
-        "pool_of_two_over_one": pool,
-        "clips": [clips // 10, clips],
-        "peak_mib": {step: [few[step], many[step]] for step in many},
-        "growth": {step: round(many[step] / few[step], 3) for step in many},
-    }
+        values = pool(Path(name)) if chosen.what == "pool" else memory(Path(name), chosen.clips)
     print(json.dumps(values, indent=2))
-    print(save("data-steps-cpu", values))
+    print(save(f"data-steps-{chosen.what}-cpu", values))
 
 
 if __name__ == "__main__":

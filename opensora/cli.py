@@ -293,9 +293,11 @@ def main() -> None:
             print(RESUME, file=sys.stderr)
         raise
     except OSError as error:
-        if error.errno != 28:  # ENOSPC
+        from opensora.step import UNWRITABLE
+
+        if error.errno not in UNWRITABLE:
             raise
-        print("error: the disk is full; free some space and start the same command again to resume", file=sys.stderr)
+        print(f"error: {UNWRITABLE[error.errno]} and start the same command again to resume", file=sys.stderr)
         sys.exit(1)
 
 

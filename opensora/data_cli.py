@@ -33,7 +33,7 @@ def report(
     opensora data report --profile single_gpu
     """
     from opensora.config import load_config
-    from opensora.data.report import write_report
+    from opensora.data.reporting.report import write_report
 
     config = load_config(params, profile, tuple(overrides or ()))
     base = workdir / config.profile
@@ -69,7 +69,7 @@ def validate(
     opensora data validate runs/demo/encode --deep
     opensora data validate my_videos.csv
     """
-    from opensora.data.validate import validate as check
+    from opensora.data.validation.validate import validate as check
 
     count = 0
     for problem in check(path, deep, list_format, videos):

@@ -1,7 +1,6 @@
 """The step `evaluate`: fixed prompts through every stage, measured and shown."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -225,7 +224,7 @@ def _headline(metrics: Mapping[str, object], stages: list[str]) -> dict[str, obj
 def _losses(folder: Path) -> list[tuple[int, float]]:
     path = folder / "losses.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"])]
+    return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
 
 
 def _sheet(work: Path, prompts: list[str], results: Mapping[str, list[dict]]) -> None:

@@ -1,18 +1,16 @@
 """The gallery: one self-contained HTML page with the playing clips of every stage, scores and loss curves."""
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opensora.demo.shapes import held_out_scenes, parse_caption
+from opensora.page import text, write_page
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #1a8f4c; --bad: #c0392b; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; }
+:root { --good: #1a8f4c; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .35rem .8rem; border-bottom: 1px solid var(--line);
-text-align: left; vertical-align: middle; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td, th { padding: .35rem .8rem; vertical-align: middle; }
 video, .clip { width: 128px; height: 128px; image-rendering: pixelated; border-radius: 6px; display: block; }
 .tag { font-size: .75rem; border: 1px solid var(--line); border-radius: 9px; padding: 0 .5em; margin-left: .4em; }
 .good { color: var(--good); } .bad { color: var(--bad); } .curves { display: flex; flex-wrap: wrap; gap: 1.5rem; }
@@ -57,24 +55,20 @@ def write_gallery(
         "<h2>Losses</h2><div class=curves>",
         *(_curve(stage, points) for stage, points in curves.items() if len(points) > 1),
         "</div><h2>Clips</h2><table><tr><th>prompt</th>",
-        *(f"<th>{html.escape(stage)}</th>" for stage in stages),
+        *(f"<th>{text(stage)}</th>" for stage in stages),
         "</tr>",
     ]
     held_out = {scene.caption for scene in held_out_scenes()}
     for index, prompt in enumerate(prompts):
         tag = "<span class=tag>held out</span>" if prompt in held_out else ""
         cells = "".join(f"<td>{_clip(folder, prompt, results[stage][index])}</td>" for stage in stages)
-        body.append(f"<tr><td>{html.escape(prompt)}{tag}</td>{cells}</tr>")
+        body.append(f"<tr><td>{text(prompt)}{tag}</td>{cells}</tr>")
     body.append("</table>")
-    head = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    page = f"{head}<title>Gallery</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
-    part = path.with_name(path.name + ".part")
-    part.write_text(page)
-    part.replace(path)
+    write_page(path, "Gallery", "".join(body), STYLE)
 
 
 def _score_table(stages: Sequence[str], metrics: Mapping[str, float]) -> str:
-    rows = ["<table><tr><th></th>" + "".join(f"<th>{html.escape(stage)}</th>" for stage in stages) + "</tr>"]
+    rows = ["<table><tr><th></th>" + "".join(f"<th>{text(stage)}</th>" for stage in stages) + "</tr>"]
     for name, label in SCORES.items():
         values = [metrics.get(f"{stage}_{name}") for stage in stages]
         if all(value is None for value in values):
@@ -97,7 +91,7 @@ def _curve(stage: str, points: Sequence[tuple[int, float]]) -> str:
     points = _averaged(points)
     last, top = points[-1][0], max(loss for _, loss in points)
     line = " ".join(f"{step / last * WIDTH:.1f},{HEIGHT - loss / top * HEIGHT:.1f}" for step, loss in points)
-    caption = f"{html.escape(stage)}: {points[0][1]:.3f} → {points[-1][1]:.3f} after {last} steps"
+    caption = f"{text(stage)}: {points[0][1]:.3f} → {points[-1][1]:.3f} after {last} steps"
     return (
         f"<figure><svg width={WIDTH} height={HEIGHT} viewBox='0 0 {WIDTH} {HEIGHT}'><polyline points='{line}'/></svg>"
         f"<figcaption>{caption}</figcaption></figure>"
@@ -114,7 +108,7 @@ def _averaged(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 def _clip(folder: Path, prompt: str, row: dict) -> str:
     data = base64.b64encode((folder / row["file"]).read_bytes()).decode()
     if row["file"].endswith(".png"):
-        shown = f"<img class=clip alt='{html.escape(prompt, quote=True)}' src='data:image/png;base64,{data}'>"
+        shown = f"<img class=clip alt='{text(prompt)}' src='data:image/png;base64,{data}'>"
     else:
         shown = f"<video autoplay loop muted playsinline src='data:video/mp4;base64,{data}'></video>"
     return shown + _verdict(prompt, row)

@@ -1,5 +1,6 @@
 """What every step of the chain shares: a folder that appears whole or not at all, and a report."""
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,12 @@ from opensora.config import UserError
 REPORT = "report.json"
 FINGERPRINT = "fingerprint.json"
 PARTIAL = ".partial"
+# Errors after which nothing can be written any more, whatever the item.
+UNWRITABLE = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EROFS: "the disk is read-only; make it writable",
+}
 # Beside the folders of the steps, and not versioned:
 STORE = "videos"  # what `download` brought
 CACHE = ".cache"  # what a step made and need not make again

@@ -1,7 +1,10 @@
 """Small models and data that several tests share."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,11 @@ os.environ.setdefault("MLFLOW_MODEL_CATALOG_URI", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that outlives its test
+
+# What a killed process left half compiled in the folder that a user's processes share would fail all tests after it.
+_compiled = tempfile.mkdtemp(prefix="opensora-inductor-")
+atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled
 
 # A shell without job control starts background commands with SIGINT ignored, and their children inherit it: then no
 # Ctrl-C that a test sends would arrive.

@@ -89,7 +89,7 @@ def test_three_commands_lead_from_files_to_an_mp4(
 
 
 def test_an_imported_pixart_is_an_image_model_and_starts_a_stage(weights: Path, tmp_path: Path) -> None:
-    from opensora.training.stages import build_model
+    from opensora.training.worker import build_model
 
     base = load_config(ROOT / "params.yaml", "h800", (f"weights_dir={weights}",))
     folder, report, config, stage = import_weights(weights / "PixArt.pth", tmp_path / "p", base, HEADS)
@@ -106,7 +106,7 @@ def test_an_imported_pixart_is_an_image_model_and_starts_a_stage(weights: Path, 
 
 
 def test_a_missing_start_is_named(weights: Path) -> None:
-    from opensora.training.stages import build_model
+    from opensora.training.worker import build_model
 
     config = load_config(ROOT / "params.yaml", "smoke", ("train_image.init_from=none.pth", f"weights_dir={weights}"))
     with pytest.raises(WeightsError, match=r"no weights 'none\.pth'"):

@@ -3,27 +3,43 @@
 import json
 import shutil
 import threading
-from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
 from opensora.config import DownloadConfig, ExecutorConfig
 from opensora.data.executor import run_shards
-from opensora.data.fetch import DownloadError, public_url, without_secrets
-from opensora.data.lists import Item, read_captions
-from opensora.data.platforms import fetch_platform, is_platform
-from opensora.data.sources import CAPTIONS, VIDEOS, bring, list_items, scheme, stable_url
+from opensora.data.repeats import Repeats, key_number
+from opensora.data.sources.bring import bring
+from opensora.data.sources.item import CAPTIONS, VIDEOS, Item, read_captions
+from opensora.data.sources.listing import list_items
+from opensora.data.sources.partial import DownloadError
+from opensora.data.sources.uri import public_url, scheme, stable_url, without_secrets
+from opensora.data.sources.work_list import WorkList, items_file, read_items, write_work_list
 from opensora.data.video import probe
 from opensora.data.workers import advance, call_isolated
-from opensora.manifest import Clip, Span, Tally, list_parts, part_name, read_part, write_part
-from opensora.step import STORE, Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.manifest import Clip, Span, Tally, list_parts, part_name, read_part, read_table, write_part
+from opensora.step import (
+    PARTIAL,
+    STORE,
+    Report,
+    StepError,
+    StepFolder,
+    fingerprint,
+    lock_file,
+    read_report,
+)
 from opensora.weights import hash_file
 
 PROBE_TIMEOUT_S = 60.0
+MAX_SHARDS = 100_000  # names of parts have five digits
+ITEMS = "items"  # folder of the work list, a file a shard
+ROWS = "rows"  # folder of the rows of shards that are not done yet, a file a shard
 # What changes how videos are brought, and not which.
 MANNER = {
     *("source", "workers", "connections", "connections_per_host", "retries", "timeout_s", "file_timeout_s"),
@@ -36,7 +52,7 @@ class Task:
     """The videos of one shard."""
 
     config: DownloadConfig
-    items: list[Item]
+    shard: int
     base: Path  # folder of all steps
     part: Path
 
@@ -45,23 +61,23 @@ def run(config: DownloadConfig, source: str, output: Path, executor: ExecutorCon
     """Bring every video of `source` into `videos/` beside `output`, and write a row for each.
 
     Files of this machine stay where they are. One that was brought before is asked for anew only if it changed, so a
-    list that grows costs only what is new. See `sources.list_items` for what a source can be.
+    list that grows costs only what is new. See `sources.listing` for what a source can be.
 
     Raises:
         StepError: the source is missing or empty, nothing decodes, or more than `max_bad_share` is bad.
     """
-    items = list_items(source, config, output.parent / STORE)
-    known = [[*asdict(item).values(), stable_url(item.url), _state(item.url)][1:] for item in items]
-    folder = StepFolder(output, fingerprint(config.model_dump(exclude=MANNER), known))
-    if folder.is_done():
-        return read_report(output)
-    work = folder.open()
-    size = config.shard_videos
-    tasks = [
-        Task(config, items[start : start + size], output.parent, work / part_name(index))
-        for index, start in enumerate(range(0, len(items), size))
-    ]
-    run_shards(download_shard, tasks, executor, config.workers, "downloading", len(items))
+    listed = output.parent / PARTIAL / f"{output.name}.{ITEMS}"
+    with closing(_claim(listed)):
+        work_list = _list(config, source, output.parent / STORE, listed)
+        folder = StepFolder(output, fingerprint(config.model_dump(exclude=MANNER), work_list.digest))
+        if folder.is_done():
+            shutil.rmtree(listed)
+            return read_report(output)
+        work = folder.open()
+        shutil.rmtree(work / ITEMS, ignore_errors=True)
+        listed.rename(work / ITEMS)
+    tasks = [Task(config, shard, output.parent, work / part_name(shard)) for shard in range(work_list.shards)]
+    run_shards(download_shard, tasks, executor, config.workers, "downloading", work_list.videos)
     _drop_copies(work)
     tally, mib = Tally(), 0.0
     for path in list_parts(work):
@@ -76,9 +92,46 @@ def run(config: DownloadConfig, source: str, output: Path, executor: ExecutorCon
             f"{bad} of {tally.total} videos are bad ({tally.reasons}){_why(work)}; "
             "raise download.max_bad_share to go on"
         )
-    shutil.rmtree(work / "rows", ignore_errors=True)
+    for name in (ITEMS, ROWS):
+        shutil.rmtree(work / name, ignore_errors=True)
     report = Report("download", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped), metrics={"mib": mib})
     return folder.finish(report)
+
+
+def _claim(listed: Path) -> IO[str]:
+    """An empty folder for the work list, and the lock on it."""
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(listed.with_name(listed.name + ".lock"))
+    if lock is None:
+        raise StepError(f"another process is listing the videos for {listed.parent.parent}; wait for it or stop it")
+    shutil.rmtree(listed, ignore_errors=True)
+    listed.mkdir()
+    return lock
+
+
+def _list(config: DownloadConfig, source: str, store: Path, folder: Path) -> WorkList:
+    items = list_items(source, config, store)
+    work_list = write_work_list(items, folder, config.shard_videos, _identity)
+    if work_list.shards > MAX_SHARDS:
+        least = -(-work_list.videos // MAX_SHARDS)
+        raise StepError(
+            f"{work_list.videos:,} videos are too many shards; set download.shard_videos to {least} or more"
+        )
+    return work_list
+
+
+def _identity(item: Item) -> str:
+    """What of an item decides what is brought: what its list says, and the state of the files that it names."""
+    stable = replace(item, url=stable_url(item.url), captions=stable_url(item.captions))
+    return f"{stable.to_json()} {_state(item.url)} {_state(item.captions)}"
+
+
+def _state(url: str) -> tuple[int, int] | None:
+    """What tells whether a local file changed."""
+    path = Path(url)
+    if not url or scheme(url) != "file" or not path.is_file():
+        return None
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def _why(work: Path) -> str:
@@ -90,78 +143,84 @@ def _why(work: Path) -> str:
     return ""
 
 
-def _state(url: str) -> object:
-    """What tells whether a local file changed."""
-    path = Path(url)
-    if scheme(url) != "file" or not path.is_file():
-        return None
-    return path.stat().st_size, path.stat().st_mtime_ns
-
-
 def download_shard(task: Task) -> None:
     """Bring the videos of one shard and write their rows; one that is done leaves its row for a resumed run."""
     (task.base / STORE).mkdir(exist_ok=True)
-    rows = task.part.parent / "rows"
-    rows.mkdir(exist_ok=True)
-    hosts: dict[str, threading.Semaphore] = defaultdict(lambda: threading.Semaphore(task.config.connections_per_host))
-    for item in task.items:  # made here: a defaultdict is no place for threads to meet
-        hosts[urlsplit(item.url).netloc]
-    pool = ThreadPoolExecutor(task.config.connections)
-    clips = []
+    work = task.part.parent
+    items = read_items(items_file(work / ITEMS, task.shard))
+    journal = work / ROWS / f"{task.shard:05d}.jsonl"
+    journal.parent.mkdir(exist_ok=True)
+    rows = _read_journal(journal)
+    for _ in rows:
+        advance()
+    hosts = {urlsplit(item.url).netloc: threading.Semaphore(task.config.connections_per_host) for item in items}
+    pool, stopped = ThreadPoolExecutor(task.config.connections), threading.Event()
     try:
-        for clip in pool.map(lambda item: _row(item, task, rows, hosts), task.items):
-            clips.append(clip)
-            advance()
+        left = [item for item in items if stable_url(item.url) not in rows]
+        started = [pool.submit(_row, item, task, hosts, stopped) for item in left]
+        with journal.open("a") as handle:
+            for done in as_completed(started):
+                url, clip = done.result()
+                handle.write("\n" + json.dumps({"url": url, "row": asdict(clip)}))
+                handle.flush()
+                rows[url] = clip
+                advance()
     finally:
+        stopped.set()  # Ctrl-C or a full disk: nobody waits for the others
         pool.shutdown(wait=False, cancel_futures=True)
-    write_part(task.part, [_probed(clip, task.base) for clip in clips])
+    write_part(task.part, [_probed(rows[stable_url(item.url)], task.base) for item in items])
+    journal.unlink()
 
 
-def _row(item: Item, task: Task, rows: Path, hosts: dict[str, threading.Semaphore]) -> Clip:
-    identity = sha256(f"{stable_url(item.url)}".encode()).hexdigest()
-    mark = rows / f"{identity}.json"
-    state = json.loads(json.dumps(_state(item.url)))
-    if mark.is_file():
-        found = json.loads(mark.read_text())
-        if found["state"] == state:
-            row = found["row"]
-            return Clip(**row | {"spans": tuple(Span(**span) for span in row["spans"])})
-    source = public_url(stable_url(item.url))
-    clip = Clip(clip_id=identity[:16], source=source, licence=item.licence)
+def _read_journal(path: Path) -> dict[str, Clip]:
+    """The rows that a stopped run left, by URL; a torn line is one that was not written."""
+    rows = {}
+    for line in path.read_text().split("\n") if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        spans = tuple(Span(**span) for span in entry["row"]["spans"])
+        rows[entry["url"]] = Clip(**entry["row"] | {"spans": spans})
+    return rows
+
+
+def _row(item: Item, task: Task, hosts: dict[str, threading.Semaphore], stopped: threading.Event) -> tuple[str, Clip]:
+    """(stable URL, row) of a video, brought or with the reason why not."""
+    url = stable_url(item.url)
+    identity = sha256(url.encode()).hexdigest()
+    clip = Clip(clip_id=identity[:16], source=item.source or public_url(url), licence=item.licence)
     try:
         if item.reason:
             raise DownloadError(item.reason)
         with hosts[urlsplit(item.url).netloc]:
-            clip = _brought(item, clip, task, identity)
+            clip = _brought(item, clip, task, identity, stopped)
     except DownloadError as error:
         clip = replace(clip, path="", kept=False, reason=without_secrets(str(error), item.url))
-    write_json(mark, {"state": state, "row": asdict(clip)})
-    return clip
+    return url, clip
 
 
-def _brought(item: Item, clip: Clip, task: Task, identity: str) -> Clip:
+def _brought(item: Item, clip: Clip, task: Task, identity: str, stopped: threading.Event) -> Clip:
     """The row of a video that is here now.
 
     Raises:
         DownloadError: the recorded reason.
     """
     local = scheme(item.url) == "file"
-    path = Path(item.url) if local else task.base / STORE / _file_name(item.url, identity)
+    path = Path(item.url).absolute() if local else (task.base / STORE).absolute() / _file_name(item.url, identity)
     if local and not path.is_file():
         raise DownloadError(f"missing: no file at {item.url}")
     if not local and not (item.sha256 and path.is_file() and hash_file(path) == item.sha256):
-        if is_platform(item.url):
-            fetch_platform(item.url, path, task.config)
-        else:
-            bring(item.url, path, task.config)
+        bring(item.url, path, task.config, stopped)
     digest = hash_file(path)
     if item.sha256 and digest != item.sha256:
         raise DownloadError(f"wrong content: sha256 is {digest[:12]}…, the list says {item.sha256[:12]}…")
+    ours = path.is_relative_to((task.base / STORE).absolute())
     return replace(
         clip,
         clip_id=digest[:16],
         source_sha256=digest,
-        path=str(path.absolute()) if local else str(path.relative_to(task.base)),
+        path=str(path.relative_to(task.base.absolute()) if ours else path),
         size=path.stat().st_size,
         spans=item.spans or _side_car(item, path, task.config),
     )
@@ -208,16 +267,27 @@ def _probed(clip: Clip, base: Path) -> Clip:
 
 def _drop_copies(work: Path) -> None:
     """Keep the first row of each content over all parts, and say in the others which that is."""
-    first: dict[str, str] = {}
+    repeats = Repeats()
     for path in list_parts(work):
+        table = read_table(path)
+        for digest, kept in zip(table["source_sha256"].to_pylist(), table["kept"].to_pylist(), strict=True):
+            if kept:
+                repeats.add(digest)
+    repeated = repeats.find()
+    first: dict[str, str] = {}
+    for path in list_parts(work) if repeated else ():
         before = read_part(path)
-        after = list(_without_copies(before, first))
+        after = list(_without_copies(before, repeated, first))
         if after != before:
             write_part(path, after)
 
 
-def _without_copies(clips: list[Clip], first: dict[str, str]) -> Iterator[Clip]:
+def _without_copies(clips: list[Clip], repeated: set[int], first: dict[str, str]) -> Iterator[Clip]:
     for clip in clips:
-        if clip.kept and first.setdefault(clip.source_sha256, clip.source) != clip.source:
-            clip = replace(clip, kept=False, reason=f"duplicate: the same content as {first[clip.source_sha256]}")
+        if clip.kept and key_number(clip.source_sha256) in repeated:
+            if clip.source_sha256 in first:
+                reason = f"duplicate: the same content as {first[clip.source_sha256]}"
+                clip = replace(clip, kept=False, reason=reason)
+            else:
+                first[clip.source_sha256] = clip.source
         yield clip

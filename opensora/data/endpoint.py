@@ -4,15 +4,14 @@ import base64
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from opensora.config import CaptionConfig
 from opensora.data.answers import Answer
+from opensora.data.retry_after import read_retry_after
 from opensora.step import StepError
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ class Endpoint:
             return _read_answer(reply)
         message = f"HTTP {status} {self._detail(reply)}".strip()
         if status in (408, 429) or status >= 500:
-            raise _Trouble(message, _retry_after_s(reply.headers.get("Retry-After", "")), busy=status == 429)
+            raise _Trouble(message, read_retry_after(reply.headers.get("Retry-After", "")), busy=status == 429)
         if status < 400 or status in (401, 403, 404):
             raise ServerError(f"{self.url}: {message}; check caption.endpoint, caption.model and the key in {API_KEY}")
         raise _Rejected(message)
@@ -230,20 +229,8 @@ def _read_answer(reply: "requests.Response") -> Answer:
 def _pause_s(tries: int, asked_s: float | None) -> float:
     """Seconds before the next try: what the server asked for, or a doubling pause; never the same for two requests."""
     if asked_s is not None:
-        return asked_s + random.uniform(0, FIRST_PAUSE_S)
+        return min(asked_s, LONGEST_RETRY_AFTER_S) + random.uniform(0, FIRST_PAUSE_S)
     return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**tries) * random.uniform(0.5, 1)
-
-
-def _retry_after_s(value: str) -> float | None:
-    """Seconds of a Retry-After header, which is a number or a date (RFC 9110, 10.2.3)."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S)
 
 
 def encode_jpeg(frame: "np.ndarray", max_side: int) -> bytes:

@@ -4,7 +4,6 @@ A shard function reads one part of the manifest before it and writes one part (l
 alone: which executor calls it, and in what order, changes no byte.
 """
 
-import errno
 import json
 import logging
 import pickle
@@ -18,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from opensora.config import ExecutorConfig
 from opensora.data.workers import FOREVER_S, Outcome, attempt, call_isolated, listen, run_tasks, stop_isolated
 from opensora.progress import progress
-from opensora.step import StepError
+from opensora.step import UNWRITABLE, StepError
 
 STATUS = "shards.jsonl"
 SHOWN = 3  # failures in an error's message
@@ -65,7 +64,7 @@ def run_shards(
 
     Raises:
         StepError: a shard failed in every attempt; the others are done.
-        OSError: the disk is full.
+        OSError: nothing can be written any more; no shard is begun after that.
     """
     left = [task for task in tasks if not task.part.is_file()]
     if not left:
@@ -80,11 +79,13 @@ def run_shards(
                 for outcome in _outcomes(timed, left, executor, workers):
                     task = left[outcome.index]
                     _note(task.part, outcome, tries + 1)
+                    if outcome.error_number in UNWRITABLE:
+                        raise OSError(outcome.error_number, outcome.failure)
                     if outcome.failure:
                         failed.append((task, outcome))
                     elif not items:
                         bar()
-                if not failed or any(outcome.error_number == errno.ENOSPC for _, outcome in failed):
+                if not failed:
                     break
                 left = [task for task, _ in failed]
         finally:
@@ -94,9 +95,6 @@ def run_shards(
 
 
 def _raise(failed: list[tuple[Path, Outcome[float]]], total: int) -> None:
-    for _, outcome in failed:
-        if outcome.error_number == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, outcome.failure)
     said = "; ".join(f"{path.stem}: {outcome.failure}" for path, outcome in failed[:SHOWN])
     more = f" and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
     raise StepError(f"{len(failed)} of {total} shards failed ({said}{more}); mend it and start again: the rest is done")

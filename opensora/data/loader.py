@@ -157,7 +157,7 @@ def _deaths_wait() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _as_it_is(batch: Any) -> Any:

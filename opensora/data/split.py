@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 from opensora.config import ExecutorConfig, SplitConfig
 from opensora.data.cut import Cut, Written, cut_clips
+from opensora.data.detectors import check_transnetv2
 from opensora.data.executor import run_shards
 from opensora.data.shards import ShardWriter
 from opensora.data.shots import Scan, find_clips, intact_runs, scan_video
-from opensora.data.video import VideoError
-from opensora.data.workers import advance, call_isolated
+from opensora.data.video import TruncatedError, VideoError
+from opensora.data.workers import Outcome, advance, call_isolated, run_tasks
 from opensora.manifest import (
     GIVEN,
     WHOLE_VIDEO_S,
@@ -26,12 +28,11 @@ from opensora.manifest import (
     read_part,
     write_part,
 )
-from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.step import UNWRITABLE, Report, StepError, StepFolder, fingerprint, read_report, write_json
 from opensora.weights import hash_file
 
 ROWS = "rows.json"
 MIN_OVERLAP = 0.5  # share of a clip that a given caption's span must cover
-NO_SPACE = 28
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Task:
     base: Path  # folder of all steps
     transnetv2: Path | None
     part: Path
+    processes: int = 1  # that decode: more where there are more workers than shards
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,19 @@ def run(
 
     Raises:
         StepError: nothing is left, or more than `max_bad_share` of the videos is bad.
+        WeightsError: the file is no TransNetV2.
     """
     settings = config.model_dump(exclude={"workers", "video_timeout_s", "max_bad_share"})
     model = hash_file(transnetv2) if transnetv2 else ""
     folder = StepFolder(output, fingerprint(settings, manifest_hash(inputs), model))
     if folder.is_done():
         return read_report(output)
+    if transnetv2:
+        check_transnetv2(transnetv2)
     work = folder.open()
-    tasks = [Task(config, part, output.parent, transnetv2, work / part.name) for part in list_parts(inputs)]
+    found = list_parts(inputs)
+    spare = config.workers // len(found) if executor.kind == "pool" else 1
+    tasks = [Task(config, part, output.parent, transnetv2, work / part.name, max(1, spare)) for part in found]
     run_shards(split_shard, tasks, executor, config.workers, "splitting videos", count_rows(inputs))
     tally, seconds = Tally(), 0.0
     videos = good = 0
@@ -105,9 +112,14 @@ def split_shard(task: Task) -> None:
         if video.kept:
             folder = scratch / task.part.stem / video.clip_id
             jobs.append(Job(video, task.base / video.path, folder, task.config, task.transnetv2))
-            _do(jobs[-1])
         else:
             rows.append(video)
+            advance()
+    left = [job for job in jobs if not (job.folder / ROWS).is_file()]  # a run before this one may have done others
+    for _ in range(len(jobs) - len(left)):
+        advance()
+    for outcome in _outcomes(left, task.config.video_timeout_s, task.processes):
+        _record(left[outcome.index], outcome)
         advance()
     index = part_index(task.part)
     for old in task.part.parent.glob(f"clips-{index:05d}-*"):
@@ -120,13 +132,19 @@ def split_shard(task: Task) -> None:
     shutil.rmtree(scratch / task.part.stem, ignore_errors=True)
 
 
-def _do(job: Job) -> None:
-    """Split a video in a process of its own; rows.json says that it is done, by a run before this one perhaps."""
-    if (job.folder / ROWS).is_file():
-        return
-    outcome = call_isolated(split_video, job, job.config.video_timeout_s)
-    if outcome.error_number == NO_SPACE:
-        raise OSError(NO_SPACE, outcome.failure)
+def _outcomes(jobs: list[Job], timeout_s: float, processes: int) -> Iterator[Outcome[int]]:
+    """Split videos, each in a process that a bad one may crash or hang."""
+    if processes > 1:
+        yield from run_tasks(split_video, jobs, processes, timeout_s)
+    else:
+        for index, job in enumerate(jobs):
+            yield replace(call_isolated(split_video, job, timeout_s), index=index)
+
+
+def _record(job: Job, outcome: Outcome[int]) -> None:
+    """Leave a row for a video that failed; one that did not has left its own."""
+    if outcome.error_number in UNWRITABLE:
+        raise OSError(outcome.error_number, outcome.failure)
     if outcome.failure:
         shutil.rmtree(job.folder, ignore_errors=True)
         job.folder.mkdir(parents=True)
@@ -151,8 +169,8 @@ def split_video(job: Job) -> int:
     """Cut one video into clips below `job.folder`; rows.json, written last, says that it is done.
 
     Raises:
-        VideoError: the file is gone or another one, or cannot be decoded to its end.
-        OSError: the disk is full.
+        VideoError: the file is gone or another one, or nothing of it can be decoded.
+        OSError: the clips cannot be written.
     """
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
@@ -166,8 +184,8 @@ def split_video(job: Job) -> int:
         rows = _given(job, scan, spans)
     else:
         rows = _detected(job, scan)
-    if not any(row.kept for row in rows) and not rows:
-        raise VideoError("empty: no frame lies in any shot")
+    if scan.ending:
+        rows.append(_missing(job, scan, scan.ending))
     write_json(job.folder / ROWS, [asdict(row) for row in rows])
     return len(rows)
 
@@ -184,6 +202,13 @@ def _detected(job: Job, scan: Scan) -> list[Clip]:
     return rows
 
 
+def _missing(job: Job, scan: Scan, ending: TruncatedError) -> Clip:
+    """The row of what a video holds no more, behind its last frame."""
+    end = scan.timeline.frames
+    row = _clip(job.video, scan, (end, end), None)
+    return replace(row, end_s=max(row.start_s, ending.declared_s), kept=False, reason=str(ending))
+
+
 def _given(job: Job, scan: Scan, spans: list[Span]) -> list[Clip]:
     """Cut the spans that a list names, and record those that cannot be had."""
     timeline = scan.timeline
@@ -191,10 +216,13 @@ def _given(job: Job, scan: Scan, spans: list[Span]) -> list[Clip]:
     refused = []
     for span in spans:
         frames = (timeline.frame_at(span.start_s), timeline.frame_at(span.end_s))
-        if frames[0] >= frames[1]:
-            reason = (
-                f"outside: {span.start_s:g} to {span.end_s:g} s hold no frame of {timeline.at(timeline.frames):g} s"
-            )
+        length = timeline.at(timeline.frames)
+        if scan.ending and span.end_s > length + timeline.period:
+            reason = str(scan.ending)
+        elif frames[0] >= frames[1]:
+            reason = f"outside: {span.start_s:g} to {span.end_s:g} s hold no frame of {length:g} s"
+        elif any(frames[0] < joint < frames[1] for joint in scan.joints):
+            reason = "mixed: the size of its frames changes"
         elif intact_runs(frames, scan.intact) != [frames]:
             reason = "damaged: some of its frames do not decode"
         else:

@@ -1,34 +1,36 @@
-"""Opening and decoding video with PyAV: which stream is the video, its frames and their times, what is damaged."""
+"""Decoding video with PyAV: its frames and their times, which of them are damaged, and whether it is whole."""
 
 import io
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 from av.container import InputContainer
-from av.stream import Disposition
+from av.packet import Packet
 from av.video.stream import VideoStream
 
 from opensora.data.clip_reader import cover_size, cut_centre
+from opensora.data.clock import Clock, Slots
+from opensora.data.container import VideoError, declared_length, nominal_rate, open_video
+from opensora.data.damage import Damage
 
-PICTURE_CODECS = {"png", "apng", "gif", "webp", "bmp", "tiff", "jpegls", "jpeg2000", "ppm", "svg"}
-PLAYLISTS = {"hls", "dash", "concat", "imf", "sdp", "rtsp"}  # they name other files, which would be opened too
-MAX_PIXELS = 1 << 26  # of a frame: twice 8K; a larger one takes a gigabyte to decode
-MAX_FPS = 240.0
-MAX_GAP_S = 10.0  # from one frame to the next; more is a jump of the clock, as in joined broadcasts
-SAME_S = 1e-6  # by which a frame whose time is not past the one before it follows that one
 NARROW = 256  # pixels; with AVX-512 x264's macroblock tree reads past narrower rows
 DEFAULT_FPS = 25.0  # where a file does not say
+COPY_OPAQUE = 1 << 7  # FFmpeg's AV_CODEC_FLAG_COPY_OPAQUE
+MISSING_FRAMES, MISSING_S = 2.5, 0.1  # so much may be missing at the end, as heads are rounded
 
 
-class VideoError(ValueError):
-    """A file is no usable video; the message starts with a reason and a colon."""
+class TruncatedError(VideoError):
+    """A video ends before its file says, or cannot be read further; raised after its last frame."""
+
+    def __init__(self, decoded_s: float, declared_s: float, why: str = "") -> None:
+        self.decoded_s, self.declared_s = decoded_s, max(decoded_s, declared_s)
+        of = f" of {declared_s:.1f}" if declared_s > 0 else ""
+        super().__init__(f"truncated: decoded {decoded_s:.1f}{of} s" + (f", then {why}" if why else ""))
 
 
 @dataclass(frozen=True)
@@ -52,45 +54,6 @@ class Picture:
     intact: bool  # False: it, or a frame that it is built on, does not decode
 
 
-@contextmanager
-def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A file and its first video stream that is no cover picture; one thread, and nothing but this file is opened.
-
-    Raises:
-        VideoError: "empty", "unreadable", "not a video" or "too large".
-    """
-    if path.stat().st_size == 0:
-        raise VideoError("empty: the file has no bytes")
-    limits = {"max_pixels": str(MAX_PIXELS), "protocol_whitelist": "file"}
-    try:
-        # An absolute path, since FFmpeg reads "a:b.mp4" as a protocol.
-        with av.open(str(path.absolute()), options=limits, metadata_errors="replace") as container:
-            stream = _pick(container)
-            context = stream.codec_context
-            if context.width * context.height > MAX_PIXELS:
-                raise VideoError(f"too large: {context.width}x{context.height} pixels, at most {MAX_PIXELS} in all")
-            context.thread_count = 1
-            context.options = {"max_pixels": limits["max_pixels"]}
-            yield container, stream
-    except av.FFmpegError as error:
-        raise VideoError(f"unreadable: {error.strerror or error}") from None
-
-
-def _pick(container: InputContainer) -> VideoStream:
-    form = container.format.name
-    if form.split(",")[0] in PLAYLISTS:
-        raise VideoError(f"not a video: a list of files ({form})")
-    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    if not streams:
-        raise VideoError("not a video: no video stream")
-    context = streams[0].codec_context
-    if context is None:
-        raise VideoError("unreadable: nothing here decodes its codec")
-    if context.name in PICTURE_CODECS or form.endswith("_pipe") or form == "image2":
-        raise VideoError(f"not a video: a picture ({context.name}) under a video's name")
-    return streams[0]
-
-
 def probe(path: Path) -> Probe:
     """Look at a video's head and decode its first frames.
 
@@ -99,7 +62,7 @@ def probe(path: Path) -> Probe:
     """
     with open_video(path) as (container, stream):
         found = []
-        for picture in _decoded(container, stream):
+        for picture in _Decoder(container, stream).run():
             found.append(picture)
             if len(found) == 2:
                 break
@@ -111,12 +74,6 @@ def probe(path: Path) -> Probe:
         duration = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
         duration = duration or (container.duration or 0) / av.time_base
         return Probe(width, height, float(nominal_rate(stream)), stream.frames, duration)
-
-
-def nominal_rate(stream: VideoStream) -> Fraction:
-    """Frames a second as the file says, on the average; 0 when it does not."""
-    rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-    return Fraction(rate.numerator, rate.denominator) if rate.denominator else Fraction(0)
 
 
 def turns(frame: av.VideoFrame) -> int:
@@ -131,95 +88,70 @@ def pictures(path: Path) -> Iterator[Picture]:
     up to the next key frame, are not intact.
 
     Raises:
-        VideoError: as `open_video`, "unreadable" when no frame decodes, and after the last frame that could be read
-            "truncated" when the file breaks off.
+        VideoError: as `open_video`, and "unreadable" when no frame decodes.
+        TruncatedError: after the last frame, when the file cannot be read further or its head says that it is longer.
     """
     with open_video(path) as (container, stream):
-        empty = True
-        for picture in _decoded(container, stream):
-            empty = False
-            yield picture
-        if empty:
-            raise VideoError("unreadable: no frame decodes")
+        yield from _Decoder(container, stream).run()
 
 
-def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[Picture]:
-    clock = _Clock(float(nominal_rate(stream)) or DEFAULT_FPS)
-    damage = _Damage()
-    count = 0
-    broken: VideoError | None = None
-    packets = container.demux(stream)
-    while broken is None:
+class _Decoder:
+    """Decodes one stream from beginning to end."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+        self.container, self.stream = container, stream
+        self.clock = Clock(float(nominal_rate(stream)) or DEFAULT_FPS)
+        self.slots = Slots() if container.format.name == "avi" else None
+        self.damage = Damage()
+        self.length = declared_length(container, stream)
+        self.end_s = self.length.start_s  # of what came out so far, in the file's own time
+        self.number = self.count = 0  # packets and frames so far
+        self.key_seen = False
+        stream.codec_context.flags |= COPY_OPAQUE  # frames carry the number of their packet
+
+    def run(self) -> Iterator[Picture]:
+        """The frames; errors as in `pictures`."""
+        length, broken = self.length, ""
+        packets = self.container.demux() if length.of_all else self.container.demux(self.stream)
         try:
-            packet = next(packets, None)
-            if packet is None:
-                return
+            for packet in packets:
+                if packet.stream.index == self.stream.index:
+                    yield from self._shown(packet)
+                elif packet.pts is not None and packet.time_base:
+                    self.end_s = max(self.end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         except av.FFmpegError as error:
-            broken = VideoError(f"truncated: {error.strerror or error}")
-            packet = None
+            broken = error.strerror or str(error)
+            yield from self._shown(None)
+        if not self.count:
+            raise VideoError("unreadable: no frame decodes")
+        if broken or length.end_s - self.end_s > max(MISSING_FRAMES * self.clock.step, MISSING_S):
+            raise TruncatedError(self.end_s - length.start_s, length.end_s - length.start_s, broken)
+
+    def _shown(self, packet: Packet | None) -> Iterator[Picture]:
+        """The frames that come out after one more packet of the stream; after None, the last ones."""
+        number = self.number
+        self.number += 1
+        if packet is not None:
+            packet.opaque = number
+            self.key_seen |= packet.is_keyframe
+            if packet.is_corrupt:  # a part of it is missing
+                self.damage.at(number)
+            if self.slots:
+                self.slots.put(number, packet.dts, packet.time_base)
         try:
-            frames = packet.decode() if packet else stream.codec_context.decode(None)
+            frames = packet.decode() if packet is not None else self.stream.codec_context.decode(None)
         except av.FFmpegError:
-            if packet is not None and count:
-                damage.at(packet.pts if packet.pts is not None else packet.dts)
-            continue
+            if self.key_seen or self.count:  # before the first key frame nothing can decode
+                self.damage.at(number)
+            return
         for frame in frames:
-            intact = damage.passes(frame)
-            yield Picture(count, clock.tell(frame), frame, intact)
-            count += 1
-    raise broken
-
-
-class _Damage:
-    """Which frames are built on something that did not decode, by their times in the file's unit."""
-
-    def __init__(self) -> None:
-        self.since: int | None = None
-        self.latest = 0
-
-    def at(self, pts: int | None) -> None:
-        """Something of that time does not decode; without a time all is damaged that comes out from now on."""
-        pts = -(1 << 62) if pts is None else pts
-        self.since = pts if self.since is None else min(self.since, pts)
-        self.latest = max(self.latest, pts)
-
-    def passes(self, frame: av.VideoFrame) -> bool:
-        """Whether a frame is intact; a key frame after the damage ends it."""
-        pts = frame.pts if frame.pts is not None else self.latest + 1
-        if frame.is_corrupt:
-            self.at(pts)
-        if self.since is None:
-            return True
-        if frame.key_frame and pts > self.latest:
-            self.since, self.latest = None, 0
-            return True
-        return pts < self.since
-
-
-class _Clock:
-    """Times of frames in seconds from the first, always rising, whatever the file's timestamps are."""
-
-    def __init__(self, fps: float) -> None:
-        self.step = 1 / min(fps, MAX_FPS)
-        self.offset = 0.0
-        self.last: float | None = None
-
-    def tell(self, frame: av.VideoFrame) -> float:
-        """The time of the next frame.
-
-        One without a timestamp, or after a jump of the clock, follows by the usual step; one that is not past the frame
-        before it follows at once.
-        """
-        stamp = frame.time
-        if self.last is None:
-            self.offset, self.last = stamp or 0.0, 0.0
-            return 0.0
-        following = self.last + self.step
-        seconds = following if stamp is None else stamp - self.offset
-        if stamp is not None and abs(seconds - self.last) > MAX_GAP_S:
-            self.offset, seconds = stamp - following, following
-        self.last = max(seconds, self.last + SAME_S)
-        return self.last
+            origin = frame.opaque if isinstance(frame.opaque, int) else number
+            stamp = self.slots.take(origin, frame.key_frame) if self.slots else frame.time
+            lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else self.clock.step
+            self.end_s = max(self.end_s, (stamp or 0.0) + lasts)
+            intact = self.damage.passes(origin, frame.key_frame, frame.is_corrupt)
+            yield Picture(self.count, self.clock.tell(stamp, intact), frame, intact)
+            self.count += 1
 
 
 def decode(path: Path) -> Iterator[tuple[float, np.ndarray]]:

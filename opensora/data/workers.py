@@ -2,8 +2,10 @@
 
 import atexit
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -55,14 +57,40 @@ def attempt(function: Callable[[Any], Any], task: object) -> Outcome[Any]:
         return Outcome(0, failure=str(error) or type(error).__name__, error_number=number)
 
 
+@contextmanager
+def share_cores(place: int, sharers: int) -> Iterator[None]:
+    """Processes started inside keep to their share of the cores that this thread may use: `place` of 0…`sharers` - 1.
+
+    Shares are equal, to one core. An encoder's threads live for moments, by which Linux moves two workers onto one core
+    while another idles. With fewer cores than sharers, or where a process cannot choose, nothing changes.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[place * len(cores) // sharers : (place + 1) * len(cores) // sharers]
+    if len(cores) < sharers or len(share) == len(cores):
+        yield
+        return
+    with suppress(OSError):
+        os.sched_setaffinity(0, share)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, cores)
+
+
 class Worker(Generic[Task, Value]):
     """One process that calls `function` on what it is given; it ends with this process, however that ends."""
 
-    def __init__(self, function: Callable[[Task], Value]) -> None:
+    def __init__(self, function: Callable[[Task], Value], place: int = 0, sharers: int = 1) -> None:
+        """Start it, on share `place` of `sharers` of the cores; see `share_cores`."""
+        self.place = place
         context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(function, theirs))  # may have workers of its own
-        with shielded():
+        with shielded(), share_cores(place, sharers):
             self.process.start()
         theirs.close()
         self.index: int | None = None
@@ -115,7 +143,8 @@ def run_tasks(
         function: importable by name; its argument and result are pickled.
         timeout_s: seconds a task; a worker that takes longer is killed and replaced.
     """
-    pool: list[Worker[Task, Value]] = [Worker(function) for _ in range(min(workers, len(tasks)))]
+    size = min(workers, len(tasks))
+    pool: list[Worker[Task, Value]] = [Worker(function, place, size) for place in range(size)]
     waiting = iter(enumerate(tasks))
     open_tasks = 0
     try:
@@ -137,8 +166,7 @@ def run_tasks(
                 open_tasks -= 1
                 if not worker.process.is_alive() or worker in late:
                     worker.stop()
-                    pool[pool.index(worker)] = fresh = Worker(function)
-                    worker = fresh
+                    worker = pool[worker.place] = Worker(function, worker.place, size)
                 worker.index = None
                 following = next(waiting, None)
                 if following is not None:

@@ -139,7 +139,7 @@ class Engine(ABC):
 
     def model_state(self) -> dict[str, Tensor]:
         """Whole float32 parameters and the buffers, on the CPU of rank 0; nothing elsewhere. Collective."""
-        whole = self.collect(self._own("weights"))
+        whole = self._whole("weights")
         return whole | {name: value.cpu() for name, value in self._buffers.items()} if self.rank == 0 else {}
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
@@ -154,7 +154,7 @@ class Engine(ABC):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """`exp_avg/NAME`, `exp_avg_sq/NAME` and `step/NAME` of all that learns, whole, as `model_state`. Collective."""
-        state = {f"{kind}/{name}": value for kind in MOMENTS for name, value in self.collect(self._own(kind)).items()}
+        state = {f"{kind}/{name}": value for kind in MOMENTS for name, value in self._whole(kind).items()}
         steps = {f"step/{name}": torch.tensor(float(self._updates)) for name in self._learning}
         return state | steps if self.rank == 0 else {}
 
@@ -178,6 +178,10 @@ class Engine(ABC):
             self._sequence.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _whole(self, kind: Kind) -> dict[str, Tensor]:
+        """Whole float32 CPU tensors of that kind on rank 0, nothing elsewhere. Collective."""
+        return self.collect(self._own(kind))
 
     def _take(self, model: nn.Module, config: TrainConfig) -> None:
         """What every implementation of `prepare` begins with."""

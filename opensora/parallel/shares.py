@@ -48,6 +48,10 @@ class Shares:
             shares: flat tensors by parameter name, all of this process's ranges or those of the same parameters on
                 every process.
         """
+        if len(self.ranges) == 1:
+            return {
+                name: copy_to_cpu(shares[name]).view(shape) for name, shape in self.shapes.items() if name in shares
+            }
         names = self._everyone(list(shares))
         flat = torch.cat([torch.empty(0), *(share.detach().float().flatten().cpu() for share in shares.values())])
         streams = self._gather(flat, [sum(self._length(rank, name) for name in of) for rank, of in enumerate(names)])
@@ -92,7 +96,7 @@ class Shares:
     def cut(self, whole: Tensor, name: str) -> Tensor:
         """This process's range of a whole parameter: flat, float32, on the CPU."""
         start, stop = self.own[name]
-        return whole.detach().float().flatten()[start:stop].clone().cpu()
+        return copy_to_cpu(whole.flatten()[start:stop])
 
     def _length(self, rank: int, name: str) -> int:
         start, stop = self.ranges[rank][name]
@@ -108,8 +112,6 @@ class Shares:
 
     def _gather(self, flat: Tensor, sizes: list[int]) -> list[Tensor]:
         """CPU tensors of those sizes, one a process, on rank 0; nothing elsewhere."""
-        if len(sizes) == 1:
-            return [flat]
         streams = [torch.empty(size) for size in sizes] if self.rank == 0 else []
         length = BUFFER // len(sizes)
         for start in range(0, max(sizes), length):
@@ -136,6 +138,11 @@ class Shares:
             if name in self.own:
                 shares[name] = self.cut(value, name)
         return shares
+
+
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """In float32 on the CPU, its own memory in any case."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def even_ranges(shapes: Mapping[str, torch.Size], processes: int) -> list[dict[str, Range]]:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from opensora.config import TrainConfig
 from opensora.parallel.engine import Engine, Kind
 from opensora.parallel.optimizer import build_optimizer, set_updates, start_state
-from opensora.parallel.shares import Shares, even_ranges, row_ranges
+from opensora.parallel.shares import Shares, copy_to_cpu, even_ranges, row_ranges
 
 
 class TorchEngine(Engine):
@@ -66,6 +66,9 @@ class TorchEngine(Engine):
             return {name: parameter.detach() for name, parameter in self._parameters.items()}
         return {name: self._optimizer.state[self._parameters[name]][kind] for name in self._learning}
 
+    def _whole(self, kind: Kind) -> dict[str, Tensor]:
+        return {name: copy_to_cpu(tensor) for name, tensor in self._tensors(kind).items()} if self.rank == 0 else {}
+
     def _own(self, kind: Kind) -> dict[str, Tensor]:
         ranges, tensors = self._shares.own, self._tensors(kind)
         return {name: tensors[name].view(-1)[slice(*ranges[name])] for name in ranges if name in tensors}
@@ -78,7 +81,7 @@ class TorchEngine(Engine):
         set_updates(self._optimizer, updates)
 
 
-class FsdpEngine(TorchEngine):
+class FsdpEngine(Engine):
     """Every process keeps some rows of each parameter, its gradient and moments, and sees the rest block by block.
 
     With bfloat16, blocks are gathered and computed in it; what is kept, and gradients on their way, are float32.
@@ -112,16 +115,29 @@ class FsdpEngine(TorchEngine):
         self._model.set_is_last_backward(last)
         yield
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
     def gradient_norm(self, limit: float) -> float:
         norm = nn.utils.clip_grad_norm_([self._parameters[name] for name in self._learning], limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def _tensors(self, kind: Kind) -> dict[str, Tensor]:
-        return {name: tensor.to_local() for name, tensor in super()._tensors(kind).items()}  # type: ignore[attr-defined]
-
     def _own(self, kind: Kind) -> dict[str, Tensor]:
-        return {name: tensor.view(-1) for name, tensor in self._tensors(kind).items() if name in self._shares.own}
+        shards: dict[str, Tensor]
+        if kind == "weights":
+            shards = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        else:
+            shards = {name: self._optimizer.state[self._parameters[name]][kind] for name in self._learning}
+        return {name: _local(shard).view(-1) for name, shard in shards.items() if name in self._shares.own}
 
     def _fill(self, kind: Kind, whole: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._own(kind).items():
-            tensor.copy_(self._shares.cut(whole[name], name))
+        for name, shard in self._own(kind).items():
+            shard.copy_(self._shares.cut(whole[name], name))
+
+    def _set_steps(self, updates: int) -> None:
+        set_updates(self._optimizer, updates)
+
+
+def _local(shard: Tensor) -> Tensor:
+    assert isinstance(shard, DTensor)
+    return shard.to_local()

@@ -76,10 +76,10 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
     if folder.is_done():
         return read_report(output)
     alone = getattr(config, stage).processes == 1
-    if not alone:
+    if config.hardware.gpu and not alone:  # a process that trains looks at its own GPU; this one needs no PyTorch
         from opensora.plan import check_fits
 
-        check_fits(config, stage)  # a process that trains checks its own GPU
+        check_fits(config, stage)
     _open(folder, job)
     if alone:
         from opensora.training.worker import train_in_process

@@ -222,6 +222,7 @@ class Trainer:
             self.ema.load(engine.distribute(load_file(path / EMA)))
             engine.load_optimizer_state(load_file(path / OPTIMIZER))
             self.health.load_state_dict(info["health"])
+            self.metrics = info["metrics"]
             log.info("resuming from %s", path)
         if self.journal:
             self.journal.cut(self.step)
@@ -253,6 +254,7 @@ class Trainer:
             "data": self.plan.state_dict(self.position),
             "health": self.health.state_dict(),
             "meter": self.meter.state_dict(),
+            "metrics": self.metrics,
         }
         snapshot = Snapshot(
             step=self.step,

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Container
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from opensora.config import BucketConfig, ConfigError, TrainConfig
+from opensora.data import clip_table
 from opensora.data.buckets import CROP, Bucket, Draw, Plan, assign, draw_seed, stage_buckets
 from opensora.data.clip_table import ClipTable
 from opensora.manifest import Clip, ManifestError, part_name, write_part
@@ -264,10 +266,13 @@ def test_every_start_of_a_crop_is_as_likely_as_another() -> None:
     assert {tuple(np.diff(range(12)[crop])) for crop in crops} == {(3, 3)}
 
 
-def test_a_table_holds_the_kept_clips_of_all_parts_in_order(tmp_path: Path) -> None:
+def test_a_table_holds_the_kept_clips_of_all_parts_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_table, "AT_ONCE", 2)
     rows = [*clips(5), Clip("bad", "x", kept=False, reason="dark")]
     found = table(tmp_path, rows, parts=2)
     assert [found.text("clip_id", row) for row in range(len(found))] == ["c0", "c2", "c4", "c1", "c3"]
+    assert found.identity == sha256(b"c0\nc2\nc4\nc1\nc3").hexdigest()
+    assert found.row(1) == {"clip_id": "c2", "frames": 10, "height": 36, "width": 64}
     assert found.identity != table(tmp_path / "other", rows).identity
     with pytest.raises(StepError, match="no clip is left"):
         table(tmp_path / "none", rows[-1:])

@@ -19,7 +19,6 @@ from opensora.config import DownloadConfig, ExecutorConfig
 from opensora.data.download import run
 from opensora.manifest import Clip, Span, manifest_hash, read_manifest
 from opensora.step import StepError
-from tests.s3 import s3_server
 from tests.shared import shared
 
 EXECUTOR = ExecutorConfig(kind="sequential")
@@ -28,7 +27,7 @@ LOCAL = DownloadConfig(allow_private_hosts=True, retries=0, timeout_s=5, max_bad
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opensora.data.fetch.BACK_OFF_S", 0.0)
+    monkeypatch.setattr("opensora.data.sources.fetch.BACK_OFF_S", 0.0)
 
 
 class Counting(SimpleHTTPRequestHandler):
@@ -234,29 +233,12 @@ def test_archives_are_unpacked_and_nothing_leaves_them(tmp_path: Path, kind: str
     assert not Path("/absolute.mp4").exists()
 
 
-def test_buckets_are_read_by_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import boto3
-
-    side_car = b'[{"start_s": 0, "end_s": 1, "caption": "dots"}]'
-    with s3_server(monkeypatch) as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="films")
-        client.upload_file(str(video(tmp_path / "a.mp4")), "films", "raw/a b.mp4")
-        client.put_object(Bucket="films", Key="raw/a b.captions.json", Body=side_car)
-        client.put_object(Bucket="films", Key="raw/readme.txt", Body=b"no video")
-        assert run(LOCAL, "s3://films/raw", tmp_path / "download", EXECUTOR).kept == 1
-    (row,) = read_manifest(tmp_path / "download")
-    assert row.source == "s3://films/raw/a b.mp4"
-    assert row.spans == (Span(0.0, 1.0, "dots"),)
-
-
 def test_pages_of_platforms_are_brought_by_yt_dlp(
     web: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, url = web
     video(folder / "a.mp4")
-    monkeypatch.setattr("opensora.data.platforms.HOSTS", {"127.0.0.1"})
+    monkeypatch.setattr("opensora.data.sources.platforms.HOSTS", {"127.0.0.1"})
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps({"url": f"{url}/{name}.mp4"}) for name in "ab"))
     report = run(LOCAL, str(tmp_path / "list.jsonl"), tmp_path / "download", EXECUTOR)
     assert (report.kept, report.dropped) == (1, {"dead link": 1})

@@ -1,5 +1,6 @@
 """The executor: the same bytes by every way, retries, what is done is not done again, and nothing half-written."""
 
+import errno
 import json
 import logging
 import os
@@ -44,7 +45,11 @@ def work(task: Task) -> None:
         case "die" | "always die":
             os._exit(3)
         case "full":
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        case "quota":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        case "read-only":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         case "slow":
             time.sleep(60)
     doubled = call_isolated(double, task.number, 20).value
@@ -133,6 +138,16 @@ def test_a_full_disk_is_not_tried_again(tmp_path: Path, kind: str) -> None:
         run_shards(work, tasks(tmp_path, t0="full"), ExecutorConfig(kind=kind), 2, "working")
     assert caught.value.errno == 28
     assert ("00000", "done", 2) not in statuses(tmp_path)
+
+
+@pytest.mark.parametrize("trouble", ["full", "quota", "read-only"])
+def test_no_shard_is_begun_after_the_disk_took_no_more(tmp_path: Path, trouble: str) -> None:
+    with pytest.raises(OSError, match=r"No space|quota|Read-only"):
+        run_shards(work, tasks(tmp_path, t1=trouble), ExecutorConfig(kind="sequential"), 1, "working")
+    assert sorted(path.stem for path in tmp_path.glob("*.tried")) == ["manifest-00000", "manifest-00001"]
+    assert statuses(tmp_path) == [("00000", "done", 1), ("00001", "failed", 1)]
+    run_shards(work, tasks(tmp_path), ExecutorConfig(kind="sequential"), 1, "working")
+    assert len(read_manifest(tmp_path)) == 8
 
 
 PROGRAM = """

@@ -55,6 +55,23 @@ def test_the_shots_are_pyscenedetects(name: str, detector: str) -> None:
         assert len(scan.shots) == 10
 
 
+def test_a_portrait_video_is_looked_at_as_pyscenedetect_does(tmp_path: Path) -> None:
+    from scenedetect import ContentDetector, SceneManager, StatsManager, open_video
+
+    tall = [np.kron(np.rot90(frame), np.ones((5, 4, 1))) for frame in shot(1, 8, speed=3) + shot(2, 8, speed=1)]
+    writer = ClipWriter(tmp_path / "a.mp4", 384, 640, Fraction(FPS), crf=10, gop=30)
+    for frame in tall:
+        writer.add_rgb(frame.astype(np.uint8))
+    writer.finish()
+    scan = scan_video(tmp_path / "a.mp4", CONFIG)
+    manager = SceneManager(StatsManager())
+    manager.add_detector(ContentDetector())
+    manager.detect_scenes(open_video(str(tmp_path / "a.mp4"), backend="pyav"))
+    assert manager.stats_manager
+    theirs = [manager.stats_manager.get_metrics(number, ["content_val"])[0] for number in range(1, 16)]
+    assert scan.change[1:] == pytest.approx(theirs, abs=0.02)
+
+
 def test_hard_cuts_lose_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", shot(1, 30) + shot(2, 25, speed=3) + shot(3, 20))
     assert find_clips(scan_video(path, CONFIG), CONFIG) == ([(0, 30), (30, 55), (55, 75)], [])
@@ -72,6 +89,13 @@ def test_frames_of_a_dissolve_are_trimmed(tmp_path: Path) -> None:
     assert sum(end - start for start, end in clips) >= 76  # and hardly more than them
     untrimmed, _ = find_clips(scan, CONFIG.model_copy(update={"trim_transitions": False}))
     assert untrimmed == scan.shots
+
+
+def test_motion_beside_a_hard_cut_is_not_trimmed(tmp_path: Path) -> None:
+    moves, rests = shot(2, 12, speed=5), [texture(2, 55)] * 50
+    path = write(tmp_path / "a.mp4", shot(1, 30) + moves + rests + moves[::-1] + shot(3, 30))
+    scan = scan_video(path, CONFIG)
+    assert find_clips(scan, CONFIG) == ([(0, 30), (30, 104), (104, 134)], [])
 
 
 def test_fades_and_black_are_trimmed(tmp_path: Path) -> None:
@@ -93,7 +117,13 @@ def made(count: int, broken: range = range(0)) -> Scan:
     intact[list(broken)] = False
     timeline = measure_timeline(np.arange(count) / FPS, Fraction(FPS))
     return Scan(
-        timeline, Fraction(1), intact, np.zeros(count, np.float32), np.full(count, 100, np.float32), [(0, count)]
+        timeline,
+        Fraction(1),
+        intact,
+        change=np.zeros(count, np.float32),
+        level=np.full(count, 100, np.float32),
+        bend=np.full(count, np.inf, np.float32),
+        shots=[(0, count)],
     )
 
 

@@ -1,7 +1,15 @@
 """Shots and clips: exact spans, normalised files, rotation, and what a real trailer holds."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 import av
@@ -13,22 +21,24 @@ from opensora.data import download, split
 from opensora.data.shards import read_clip
 from opensora.data.video import read_frames
 from opensora.data.workers import Outcome
-from opensora.manifest import GIVEN, Clip, read_manifest
+from opensora.manifest import GIVEN, Clip, part_name, read_manifest, write_part
+from tests.conftest import ROOT
 from tests.shared import shared
 
 EXECUTOR = ExecutorConfig(kind="sequential")
 CONFIG = SplitConfig(given_spans=False, max_short_side=64, shard_mib=1, max_clip_s=100)
 
 
-def colours(path: Path, shots: list[int], fps: int = 10) -> Path:
+def colours(path: Path, shots: list[int], fps: int = 10, side: int = 64) -> Path:
     """A video whose shots are plain greys with a bright block; frame `i` carries its number in its first rows."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "1", "x264-params": "log=0"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    head = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=head) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "1", "x264-params": "log=0", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = side, side * 3 // 4, "yuv420p"
         number = 0
         for index, length in enumerate(shots):
             for _ in range(length):
-                frame = np.full((48, 64, 3), 40 if index % 2 else 200, np.uint8)
+                frame = np.full((side * 3 // 4, side, 3), 40 if index % 2 else 200, np.uint8)
                 for bit in range(8):
                     frame[:16, bit * 8 : bit * 8 + 8] = 255 * (number >> bit & 1)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -94,7 +104,6 @@ def test_clips_are_normalised(tmp_path: Path) -> None:
 
 def test_the_executor_does_not_change_a_byte(clips: Path, tmp_path: Path) -> None:
     from opensora.config import load_config
-    from tests.conftest import ROOT
 
     config = load_config(ROOT / "params.yaml", "smoke").split
     shutil.copytree(clips / "videos", tmp_path / "videos")
@@ -181,9 +190,202 @@ def test_a_decoder_that_hangs_or_dies_costs_its_video_alone(
     assert report.kept == 12  # three videos of four shots
 
 
-def test_a_full_disk_stops_the_step(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Outcome(0, failure="[Errno 28] No space left on device", error_number=28)
-    monkeypatch.setattr(split, "call_isolated", lambda *_: full)
-    with pytest.raises(OSError, match="No space left"):
+def split_together(job: split.Job) -> int:
+    """Splits a video when another process is at the next one."""
+    job.path.with_suffix(".begun").touch()
+    deadline = time.monotonic() + 60
+    while len(list(job.path.parent.glob("*.begun"))) < 2:
+        assert time.monotonic() < deadline, "nobody came"
+        time.sleep(0.01)
+    return split.split_video(job)
+
+
+def test_one_shard_keeps_all_workers_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        colours(tmp_path / "in" / f"{number}.mp4", [20, 21 + number])
+    clips = pack(tmp_path / "in", tmp_path)
+    expected = contents(tmp_path / "split")
+    split.run(CONFIG, tmp_path / "download", tmp_path / "pool", ExecutorConfig())
+    assert contents(tmp_path / "pool") == expected
+    monkeypatch.setattr(split, "split_video", split_together)
+    (tmp_path / "again").mkdir()
+    inputs = tmp_path / "download" / part_name(0)
+    split.split_shard(split.Task(CONFIG, inputs, tmp_path, None, tmp_path / "again" / part_name(0), processes=2))
+    assert read_manifest(tmp_path / "again") == clips
+
+
+def split_or_hang(job: split.Job) -> int:
+    """Hangs at the video "hangs.mp4", after leaving the number of its process."""
+    if Path(job.video.source).name == "hangs.mp4":
+        job.path.with_suffix(".pid").write_text(str(os.getpid()))
+        time.sleep(600)
+    return split.split_video(job)
+
+
+def test_a_video_past_its_time_limit_is_recorded_and_its_worker_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    colours(tmp_path / "in" / "a.mp4", [20])
+    colours(tmp_path / "in" / "hangs.mp4", [21])
+    monkeypatch.setattr(split, "split_video", split_or_hang)
+    clips = pack(tmp_path / "in", tmp_path, CONFIG.model_copy(update={"video_timeout_s": 10.0}))
+    assert [(Path(clip.source).name, clip.reason) for clip in clips] == [
+        ("a.mp4", ""),
+        ("hangs.mp4", "timeout: no result after 10 s"),
+    ]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "in" / "hangs.pid").read_text()), 0)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
+def test_a_truncated_video_keeps_its_good_part_and_says_what_is_lost(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    colours(path, [20, 25, 30])
+    with av.open(str(path)) as container:
+        places = sorted(packet.pos for packet in container.demux(video=0) if packet.pos)
+    path.write_bytes(path.read_bytes()[: places[40]])
+    clips = pack(tmp_path / "in", tmp_path)
+    *kept, last = clips
+    assert [(clip.start_frame, clip.end_frame, clip.reason) for clip in kept] == [(0, 20, ""), (20, 40, "")]
+    shown = [numbers(read_frames(read_clip(tmp_path / "split", clip))) for clip in kept]
+    assert shown == [list(range(20)), list(range(20, 40))]
+    assert (last.kept, last.source, last.reason) == (False, str(path), "truncated: decoded 4.0 of 7.5 s")
+    assert (last.start_s, last.end_s) == pytest.approx((4.0, 7.5))
+    assert len({clip.clip_id for clip in clips}) == 3
+
+
+def test_given_spans_of_a_truncated_video(tmp_path: Path) -> None:
+    path = colours(tmp_path / "a.mp4", [75])
+    with av.open(str(path)) as container:
+        places = sorted(packet.pos for packet in container.demux(video=0) if packet.pos)
+    path.write_bytes(path.read_bytes()[: places[40]])
+    lines = [{"path": "a.mp4", "start_s": a, "end_s": b, "caption": "x"} for a, b in [(1, 2), (3, 5), (6, 7)]]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    clips = pack(tmp_path / "list.jsonl", tmp_path, CONFIG.model_copy(update={"given_spans": True}))
+    said = "truncated: decoded 4.0 of 7.5 s"
+    assert [(clip.start_s, clip.end_s, clip.reason) for clip in clips] == [
+        (1, 2, ""),
+        (3, 5, said),
+        (6, 7, said),
+        (pytest.approx(4), pytest.approx(7.5), said),
+    ]
+
+
+def test_given_spans_over_a_change_of_size_are_told(tmp_path: Path) -> None:
+    data = b"".join(colours(tmp_path / f"{n}.ts", [20], side=side).read_bytes() for n, side in enumerate((64, 128)))
+    (tmp_path / "a.ts").write_bytes(data)
+    lines = [{"path": "a.ts", "start_s": a, "end_s": b, "caption": "x"} for a, b in [(0, 1), (1, 3), (2.5, 4)]]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    clips = pack(tmp_path / "list.jsonl", tmp_path, CONFIG.model_copy(update={"given_spans": True}))
+    found = sorted((clip.start_s, clip.width, clip.reason) for clip in clips)
+    assert found == [(0, 64, ""), (1, 64, "mixed: the size of its frames changes"), (2.5, 86, "")]
+
+
+def parts(folder: Path, videos: list[Path]) -> Path:
+    """A finished download step with a part a video."""
+    folder.mkdir()
+    for index, path in enumerate(videos):
+        digest = sha256(path.read_bytes()).hexdigest()
+        write_part(folder / part_name(index), [Clip(digest[:16], str(path), digest, path=str(path), fps=10.0)])
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a step that do not tell of times."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.[tp]a*")}
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from opensora.config import ExecutorConfig, SplitConfig
+from opensora.data import split
+if __name__ == "__main__":
+    config = SplitConfig(given_spans=False, max_short_side=64, shard_mib=1, max_clip_s=100)
+    split.run(config, Path(sys.argv[1], "download"), Path(sys.argv[1], "split"), ExecutorConfig())
+"""
+
+
+def test_a_run_that_is_killed_and_goes_on_gives_the_same_bytes(tmp_path: Path) -> None:
+    videos = [colours(tmp_path / f"{number}.mp4", [60, 61 + number]) for number in range(6)]
+    for base in ("never", "killed"):
+        (tmp_path / base).mkdir()
+        parts(tmp_path / base / "download", videos)
+    split.run(CONFIG, tmp_path / "never" / "download", tmp_path / "never" / "split", EXECUTOR)
+    expected = contents(tmp_path / "never" / "split")
+
+    (tmp_path / "program.py").write_text(PROGRAM)
+    output = tmp_path / "killed" / "split"
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "killed")]
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "killed" / ".partial").glob("split/manifest-*.parquet")):
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        child.kill()
+        assert child.wait(60) == -signal.SIGKILL
+        deadline = time.monotonic() + 60
+        while is_alive(child.pid):
+            assert time.monotonic() < deadline, "a worker outlived the run"
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    assert not output.exists()
+    done = contents(tmp_path / "killed" / ".partial" / "split")
+    assert 0 < len([name for name in done if name.endswith(".parquet")]) < len(videos)
+    assert all(expected[name] == data for name, data in done.items() if name.endswith(".parquet"))
+
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+    assert contents(output) == expected
+    assert [clip.frames for clip in read_manifest(output)] == [
+        length for number in range(6) for length in (60, 61 + number)
+    ]
+
+
+def is_alive(group: int) -> bool:
+    """Whether a process of that group is at work, zombies apart."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_no_more_stops_the_step(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    full = Outcome(0, failure=str(OSError(number, os.strerror(number))), error_number=number)
+    asked = []
+    monkeypatch.setattr(split, "call_isolated", lambda *_: asked.append(1) or full)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
         split.run(CONFIG, clips / "download", tmp_path / "split", EXECUTOR)
+    assert caught.value.errno == number
+    assert len(asked) == 1  # neither the next video nor the next shard
     assert not (tmp_path / "split").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a small disk is made with a tmpfs mount")
+def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        videos = [colours(tmp_path / f"{number}.mp4", [20, 21 + number]) for number in range(6)]
+        inputs = parts(tmp_path / "download", videos)
+        with pytest.raises(OSError, match="No space left"):
+            split.run(CONFIG, inputs, small / "split", EXECUTOR)
+        assert not (small / "split").exists()
+        subprocess.run(["mount", "-o", "remount,size=32m", str(small)], check=True)
+        split.run(CONFIG, inputs, small / "split", EXECUTOR)
+        split.run(CONFIG, inputs, tmp_path / "split", EXECUTOR)
+        assert contents(small / "split") == contents(tmp_path / "split")
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)

@@ -60,7 +60,7 @@ def run_processes(
         for rank in range(2)
     ]
     try:
-        assert [worker.wait(300) for worker in workers] == [0, 0]
+        assert [worker.wait(500) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()

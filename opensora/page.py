@@ -1,0 +1,36 @@
+"""An HTML page that stands alone: it loads nothing, runs nothing, and appears whole or not at all."""
+
+import html
+from pathlib import Path
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --bad: #c0392b; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; }
+table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--line); text-align: left; }
+.n { text-align: right; font-variant-numeric: tabular-nums; }
+"""
+HEAD = (
+    "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    # Captions and addresses are foreign: whatever they hold, the page loads nothing and runs nothing.
+    "<meta http-equiv=Content-Security-Policy "
+    "content=\"default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'\">"
+)
+
+
+def write_page(path: Path, title: str, body: str, style: str = "") -> None:
+    """Write a page of HTML fragments; a reader sees the whole file or none.
+
+    Args:
+        style: CSS that adds to STYLE.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(
+        f"{HEAD}<title>{text(title)}</title><style>{STYLE}{style}</style><body>{body}</body></html>", "utf-8"
+    )
+    part.replace(path)
+
+
+def text(value: object) -> str:
+    """`value` escaped, for any place in the page."""
+    return html.escape(str(value), quote=True)
