@@ -1,15 +1,17 @@
 """What training costs beside its matrix products: the loop round a step, saving, and selective checkpointing.
 
-    python -m benchmarks.training        # six minutes on two CPU cores; benchmarks/results/training-cpu.json
+    python -m benchmarks.training        # seven minutes on two CPU cores; benchmarks/results/training-cpu.json
 
 Every figure is a ratio of times measured in one run with one thread. The loop trains a small STDiT from latents and
 leaves what a stage leaves: losses, log lines, averages, checkpoints.
 """
 
+import io
 import json
 import statistics
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,6 +87,7 @@ def run_loop(config: Config, data: Path, work: Path) -> list[tuple[float, float]
     buckets = stage_buckets(train)
     latents = LatentDataset(data, buckets, config.encode.max_tokens)
     engine = build_engine(train)
+    work.mkdir()
     torch.manual_seed(0)
     trainer = TimedTrainer(
         config=train,
@@ -96,7 +99,8 @@ def run_loop(config: Config, data: Path, work: Path) -> list[tuple[float, float]
         info={"config": config.model_dump(mode="json"), "stage": STAGE, "vae_scale": SCALE},
         hardware=config.hardware,
     )
-    trainer.run()
+    with redirect_stdout(io.StringIO()):
+        trainer.run()
     engine.close()
     ends = trainer.times[3:]
     return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
@@ -165,7 +169,7 @@ def checkpointing() -> dict[str, float]:
                 loss: Tensor = model(*arguments).square().mean()
                 left[mode] = live.now
             del loss
-        times = alternate({mode: lambda m=mode: one(m) for mode in MODES}, 5)  # type: ignore[misc]
+        times = alternate({mode: lambda m=mode: one(m) for mode in MODES}, 3)  # type: ignore[misc]
         for mode in ("selective", "full"):
             figures[f"{mode}, {name}: memory"] = left[mode] / left["none"]
             figures[f"{mode}, {name}: time"] = times[mode] / times["none"]

@@ -1,6 +1,6 @@
 """How much memory a training step takes on each GPU, by part, said before anything is loaded.
 
-All counts are bytes on one GPU. `P` parameters of the model.
+All counts are bytes on one GPU. The peak is that of the worst moment, not the sum of the parts.
 """
 
 import json
@@ -46,15 +46,11 @@ class Memory:
 
     Attributes:
         parts: by name, each at its largest.
-        peak: of the worst moment of a step. Not the sum: gradients come as activations go.
+        peak: of the worst moment of a step: gradients come as activations go.
     """
 
     parts: dict[str, float]
     peak: float
-
-    def largest(self) -> str:
-        """The part that takes most."""
-        return max(self.parts, key=lambda name: self.parts[name])
 
 
 def training_memory(config: Config, train: TrainConfig, shape: TrainConfig | BucketConfig) -> Memory:

@@ -138,7 +138,8 @@ class ZeroEngine(Engine):
         assert limit == self._clip_norm, f"ColossalAI was told to clip to {self._clip_norm}, not {limit}"
         groups = range(len(self._optimizer.param_groups))
         gradients = [part for group in groups for part in self._optimizer.get_working_grads_by_group_id(group)]
-        return _norm_over_shards(sum(float(part.float().norm() ** 2) for part in gradients), self.device)
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in gradients]
+        return _norm_over_shards(torch.stack(norms).square().sum())
 
     def _masters(self) -> dict[str, Tensor]:
         """This process's flat float32 shards of what learns, with padding at the end."""
@@ -205,7 +206,8 @@ class GeminiEngine(Engine):
     def gradient_norm(self, limit: float) -> float:
         """The norm; `step` clips to it, in float32."""
         assert limit == self._clip_norm, f"ColossalAI was told to clip to {self._clip_norm}, not {limit}"
-        return _norm_over_shards(sum(self._gradient_chunk(chunk).l2_norm for chunk in self._chunks()), self.device)
+        squares = sum(self._gradient_chunk(chunk).l2_norm for chunk in self._chunks())
+        return _norm_over_shards(torch.tensor(squares, device=self.device))
 
     def step(self, lr: float) -> None:
         self._pending = False
@@ -301,7 +303,7 @@ class GeminiAdamW(torch.optim.Optimizer):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                [torch.tensor(float(state["step"]), device=parameters[0].device) for state in states],
+                [torch.tensor(float(states[0]["step"]), device=parameters[0].device)] * len(states),
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -340,10 +342,10 @@ def _flat_ranges(shapes: Mapping[str, torch.Size], processes: int) -> list[dict[
     return row_ranges({name: torch.Size([shape.numel()]) for name, shape in shapes.items()}, processes)
 
 
-def _norm_over_shards(squares: float, device: torch.device) -> float:
-    total = torch.tensor(squares, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return float(total.sqrt())
+def _norm_over_shards(squares: Tensor) -> float:
+    """The norm of what has that sum of squares on this process."""
+    dist.all_reduce(squares)
+    return float(squares.sqrt())
 
 
 def _join_if_alone(engine: Engine) -> None:

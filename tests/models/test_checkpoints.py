@@ -65,7 +65,7 @@ def test_a_released_pixart_becomes_the_state_and_output_that_the_original_loader
     for name in set(expected) - {n for n in new if "qkv.weight" in n}:  # drawn at random by both
         torch.testing.assert_close(state[name], expected[name], atol=1e-6, rtol=0, msg=name)
     out = model(loader["x"], loader["t"], loader["y"], loader["mask"])
-    assert (out - loader["out"]).norm() < 1e-6 * loader["out"].norm()
+    assert (out - loader["out"]).norm() < 2e-6 * loader["out"].norm()
 
 
 def test_a_loaded_stdit_equals_pixart_frame_by_frame_exactly(tmp_path: Path) -> None:

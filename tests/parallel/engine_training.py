@@ -6,10 +6,12 @@ Arguments: a folder, and the names of the scenarios to train one after the other
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from opensora.config import ConfigError, TrainConfig
 from opensora.models.stdit import STDiT, STDiTConfig
@@ -70,6 +72,9 @@ def train(config: TrainConfig, start: Result | None = None, engine: Engine | Non
     """STEPS steps, of which the first goes on where `start` ended; the result is whole on rank 0."""
     engine = engine or build_engine(config)
     model = build_model(config.trainable)
+    if config.activation_checkpointing == "full":
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     module = engine.prepare(model, config)
     ema = Ema(engine.own_parameters(), DECAY)
     first = 0

@@ -113,6 +113,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "fsdp resumed": (settings(strategy="fsdp"), start),
         "ddp sequence": (settings(sequence_parallel=2), None),
         "fsdp sequence": (settings(strategy="fsdp", sequence_parallel=2), None),
+        "fsdp recompute": (settings(strategy="fsdp", activation_checkpointing="full"), None),
         "fsdp bfloat16": (settings(strategy="fsdp", dtype="bfloat16"), None),
     }
     return Runs(alone, run_processes(tmp_path_factory.mktemp("engines"), jobs))
@@ -149,6 +150,10 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(engine: str, runs: Runs) -
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_engines_share_samples_between_processes(engine: str, runs: Runs) -> None:
     assert_same(runs.together[f"{engine} sequence"], runs.alone["plain"])
+
+
+def test_fsdp_recomputes_blocks(runs: Runs) -> None:
+    assert_same(runs.together["fsdp recompute"], runs.alone["plain"])
 
 
 def test_fsdp_in_bfloat16_keeps_float32_weights(runs: Runs) -> None:

@@ -21,12 +21,14 @@ def colossal(strategy: str, **fields: object) -> TrainConfig:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Result]:
     """References on one device, by PyTorch."""
-    start = train(settings())
+    start, low = train(settings()), train(settings(**LOW))
     return {
         "plain": start,
         "frozen": train(settings(trainable="temporal")),
         "resumed": train(settings(), start),
-        "low": train(settings(**LOW)),
+        "low": low,
+        "low sequence": low,
+        "low recompute": low,
         "low frozen": train(settings(trainable="temporal", **LOW)),
         "low resumed": train(settings(**LOW), start),
         "low single": train(settings(accumulate=1, **LOW)),
@@ -46,6 +48,8 @@ def together(alone: dict[str, Result], tmp_path_factory: pytest.TempPathFactory)
         jobs[f"{strategy} low frozen"] = (colossal(strategy, trainable="temporal", **LOW), None)
         jobs[f"{strategy} low resumed"] = (colossal(strategy, **LOW), start)
         jobs[f"{strategy} low single"] = (colossal(strategy, accumulate=1, **LOW), None)
+        jobs[f"{strategy} low sequence"] = (colossal(strategy, sequence_parallel=2, **LOW), None)
+        jobs[f"{strategy} low recompute"] = (colossal(strategy, activation_checkpointing="full", **LOW), None)
     pretended = [name for name in jobs if name.startswith(("zero", "gemini"))]
     return run_processes(tmp_path_factory.mktemp("colossalai"), jobs, str(PYTHON), pretended)
 
@@ -61,7 +65,7 @@ def test_colossalai_trains_as_one_device(strategy: str, together: dict[str, Resu
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "gemini"])
-@pytest.mark.parametrize("case", ["low", "low frozen", "low resumed", "low single"])
+@pytest.mark.parametrize("case", ["low", "low frozen", "low resumed", "low single", "low sequence", "low recompute"])
 def test_colossalai_in_bfloat16_trains_like_one_device(
     case: str, strategy: str, together: dict[str, Result], alone: dict[str, Result]
 ) -> None:

@@ -113,7 +113,7 @@ def test_a_process_keeps_its_share_of_the_activations(ranks: list[dict], size: i
     whole = one_device(CASES["all divides"])["kept"]
     for rank in ranks:
         # Text and timestep, which every process keeps whole, are not nothing beside this small video.
-        assert rank[f"{size} all divides"]["kept"] / whole < 1 / size + 0.03
+        assert rank[f"{size} all divides"]["kept"] / whole < 1 / size + 0.05
 
 
 def test_inputs_that_differ_within_a_group_are_named(ranks: list[dict]) -> None:

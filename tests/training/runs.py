@@ -96,20 +96,14 @@ def wait_for_losses(work: Path, count: int) -> None:
     raise AssertionError(f"step {count} was never recorded")
 
 
-def stop(process: subprocess.Popen, number: signal.Signals) -> int:
-    """Send a signal and wait; returns the exit code."""
-    process.send_signal(number)
-    return process.wait(90)
-
-
-def stopped_at(step: int, patch: pytest.MonkeyPatch) -> None:
-    """Have this process told to stop by SIGTERM while it trains that step."""
+def stopped_at(step: int, patch: pytest.MonkeyPatch, how: signal.Signals = signal.SIGTERM) -> None:
+    """Have this process told to stop while it trains that step."""
     record = Journal.record
 
     def record_and_signal(journal: Journal, number: int, loss: float, skipped: bool = False) -> None:
         record(journal, number, loss, skipped)
         if number == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), how)
 
     patch.setattr(Journal, "record", record_and_signal)
 

@@ -84,6 +84,7 @@ def test_joined_processes_stop_and_go_on_also_as_another_number(encoded: Path, t
     assert process.returncode == 0, errors
     assert output.count(f"{STAGE}: 8 of 8 kept") == 1  # said by one of them
     same(tmp_path / "two" / "smoke" / STAGE, whole)
+    assert not (tmp_path / "two" / "smoke" / STAGE / "stopped.json").exists()
 
     one = config(*QUIET, f"{STAGE}.batch_size=4")
     alone = train(one, tmp_path / "one" / "smoke" / "encode", tmp_path / "one", weights)

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from opensora.clip_file import read_note
-from tests.training.runs import config, same, train
+from tests.training.runs import config, finish, losses, prepare, same, train
 
 PROMPTS = ("a red circle moving left", "a blue square moving up")
 
@@ -28,3 +28,15 @@ def test_samples_are_made_and_training_does_not_notice(
     assert first != second  # it has learnt something between
     spools = list((tmp_path / "sampled" / "smoke" / ".mlflow").glob("*/train_video/spool.jsonl"))
     assert '"key": "samples"' in spools[0].read_text()
+
+
+def test_one_of_two_processes_makes_the_samples(encoded: Path, vae: Path, text_encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae, tmp_path / "demo_models" / "vae")
+    shutil.copytree(text_encoder, tmp_path / "demo_models" / "t5")
+    values = config(
+        "train_video.processes=2", "train_video.sample_every=8", f"train_video.sample_prompts={list(PROMPTS[:1])}"
+    )
+    work = prepare(values, encoded, tmp_path / "work")
+    finish(work)
+    assert len(losses(work)) == 8
+    assert sorted(path.name for path in (work / "samples" / "step-00000008").iterdir()) == ["00.mp4", "frames.png"]
