@@ -86,7 +86,7 @@ def test_this_machine_can_run_the_demo(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     findings = {finding.name: finding for finding in examine(load_config(PARAMS, "demo"), tmp_path / "runs")}
-    assert {"Python", "PyTorch", "decoders", "H.264", "decord", "disk", "MLflow"} <= set(findings)
+    assert {"Python", "PyTorch", "decoders", "H.264", "disk", "MLflow"} <= set(findings)
     assert not [finding for finding in findings.values() if finding.state == "failure"]
 
 
