@@ -68,7 +68,7 @@ class StagePlan:
 def plan_stage(config: Config, stage: str, gpu: Gpu | None) -> StagePlan:
     """Count one stage of a resolved profile; its `processes` are the GPUs."""
     train: TrainConfig = getattr(config, stage)
-    worst = max(shapes(train), key=lambda shape: training_memory(config, train, shape).peak)
+    memory, worst = worst_shape(config, train)
     counts = count_parameters(config.model, train.trainable)
     size = (worst.frames, worst.height, worst.width)
     one = with_value(worst, "batch_size", 1)
@@ -86,7 +86,7 @@ def plan_stage(config: Config, stage: str, gpu: Gpu | None) -> StagePlan:
         settings=describe_settings(train),
         parameters=counts.all,
         trainable=counts.trainable,
-        memory=training_memory(config, train, worst),
+        memory=memory,
         usable=gpu.usable if gpu else None,
         largest_batch=largest(config, train, worst, "batch_size", gpu.usable) if gpu else None,
         largest_frames=largest(config, train, one, "frames", gpu.usable) if gpu else None,
@@ -192,9 +192,7 @@ def check_fits(config: Config, stage: str, device: "torch.device | None" = None)
     if gpu is None:
         return
     train: TrainConfig = getattr(config, stage)
-    memory, shape = max(
-        ((training_memory(config, train, shape), shape) for shape in shapes(train)), key=lambda pair: pair[0].peak
-    )
+    memory, shape = worst_shape(config, train)
     if memory.peak <= gpu.usable:
         return
     biggest = sorted(memory.parts, key=lambda name: -memory.parts[name])[:3]
@@ -214,9 +212,14 @@ def check_fits(config: Config, stage: str, device: "torch.device | None" = None)
     )
 
 
+def worst_shape(config: Config, train: TrainConfig) -> tuple[Memory, Shape]:
+    """The shape of samples that needs most memory, and what it needs."""
+    return max(((training_memory(config, train, shape), shape) for shape in shapes(train)), key=lambda it: it[0].peak)
+
+
 def worst_peak(config: Config, train: TrainConfig) -> float:
-    """Bytes of the largest shape."""
-    return max(training_memory(config, train, shape).peak for shape in shapes(train))
+    """Bytes of that shape."""
+    return worst_shape(config, train)[0].peak
 
 
 def smaller(stage: str, train: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
