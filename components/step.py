@@ -155,13 +155,13 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 def log_metrics(artifact: Any, values: Mapping[str, float]) -> None:
     """Final numbers into a Metrics artifact, which takes neither NaN nor infinity."""
-    for name, value in values.items():
-        if math.isfinite(value):
-            artifact.log_metric(name, value)
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    for name, value in finite.items():
+        artifact.log_metric(name, value)
     # A task with such an output is cached only if there is a file.
     path = Path(artifact.path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: value for name, value in values.items() if math.isfinite(value)}))
+    path.write_text(json.dumps(finite))
 
 
 def track(uri: str, revision: str) -> None:

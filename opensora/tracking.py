@@ -71,15 +71,15 @@ def _experiment(client: "MlflowClient", root: Path, profile: str) -> str:
     return client.create_experiment(name, artifact_location=place)
 
 
-FROM_ENVIRONMENT = {"data_revision": "OPENSORA_DATA_REVISION", "code_revision": "OPENSORA_CODE_REVISION"}
+DATA_REVISION = "OPENSORA_DATA_REVISION"  # environment: of a pipeline on a cluster
 
 
 def lineage() -> dict[str, str]:
     """Tags that say which code and data made a run: git commit and state, dvc.lock's md5 and those of its outs.
 
-    A pipeline on a cluster has neither git nor dvc.lock; it names the revisions of data and code in the environment.
+    A pipeline on a cluster has neither git nor dvc.lock; it names the data's revision in the environment.
     """
-    tags = {tag: value for tag, name in FROM_ENVIRONMENT.items() if (value := os.environ.get(name))}
+    tags = {"data_revision": revision} if (revision := os.environ.get(DATA_REVISION)) else {}
     try:
         for name, command in {
             "git_commit": "rev-parse HEAD",
