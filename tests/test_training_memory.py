@@ -1,6 +1,5 @@
 """Memory of a training step is foretold within a tenth of what is alive in a real one, part by part."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,7 @@ from tests.training_step import StepRun, nbytes
 
 MODEL = ("model.hidden_size=96", "model.num_heads=4", "model.depth=2", "train_video.frames=8", "demo.build_models=true")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are small here, and threads that wait for each other on a busy machine cost five times their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(*overrides: str) -> Config:

@@ -24,6 +24,7 @@ from opensora.data.workers import Outcome
 from opensora.manifest import GIVEN, Clip, part_name, read_manifest, write_part
 from tests.conftest import ROOT
 from tests.shared import shared
+from tests.small_disk import small_disk
 
 EXECUTOR = ExecutorConfig(kind="sequential")
 CONFIG = SplitConfig(given_spans=False, max_short_side=64, shard_mib=1, max_clip_s=100)
@@ -371,13 +372,8 @@ def test_a_disk_that_takes_no_more_stops_the_step(
     assert not (tmp_path / "split").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a small disk is made with a tmpfs mount")
 def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
+    with small_disk(tmp_path / "small", "96k") as small:
         videos = [colours(tmp_path / f"{number}.mp4", [20, 21 + number]) for number in range(6)]
         inputs = parts(tmp_path / "download", videos)
         with pytest.raises(OSError, match="No space left"):
@@ -387,5 +383,3 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on(tmp_path: P
         split.run(CONFIG, inputs, small / "split", EXECUTOR)
         split.run(CONFIG, inputs, tmp_path / "split", EXECUTOR)
         assert contents(small / "split") == contents(tmp_path / "split")
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)

@@ -1,6 +1,5 @@
 """The formulas foretell, within a tenth, what autograd really saves and what a backward pass really holds."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -16,14 +15,7 @@ TEXT, BATCH = 12, 2
 CONFIG = STDiTConfig((4, 16, 16), hidden_size=96, depth=3, num_heads=4, caption_channels=48, model_max_length=TEXT)
 PRECISIONS = {"float32": FLOAT32, "autocast": AUTOCAST, "bfloat16": BFLOAT16}
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are small here, and threads that wait for each other on a busy machine cost five times their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(config: STDiTConfig, kind: str, trainable: str = "all", checkpointing: Checkpointing = "none") -> STDiT:

@@ -22,14 +22,7 @@ from tests.live_bytes import LiveBytes
 CONFIG = STDiTConfig((4, 8, 8), hidden_size=64, depth=2, num_heads=4, caption_channels=16, model_max_length=6)
 PRODUCTS = ("aten.addmm.default", "aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine would cost far more than the little they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(kind: type[STDiT] | type[DiT] = STDiT, config: STDiTConfig = CONFIG) -> STDiT | DiT:

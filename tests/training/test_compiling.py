@@ -1,7 +1,6 @@
 """Blocks compile with every checkpointing mode, once for all blocks, and compute the same."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,14 +14,7 @@ from opensora.training.compiling import compile_blocks
 
 CONFIG = STDiTConfig((2, 4, 4), hidden_size=32, depth=3, num_heads=2, caption_channels=16, model_max_length=6)
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine would cost far more than the little they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build() -> STDiT:
