@@ -18,7 +18,7 @@ from opensora.metrics.frechet import frechet_distance
 from opensora.metrics.motion import dynamic_degree, flicker, motion_smoothness
 from opensora.progress import track
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
-from opensora.tracking import Tracker
+from opensora.tracking.tracker import Tracker
 from opensora.training.checkpoint import newest_checkpoint, read_info
 
 TIMEOUT_S = 24 * 3600.0

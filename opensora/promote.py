@@ -11,7 +11,9 @@ from pathlib import Path
 
 from opensora.config import Gate, PromoteConfig
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
-from opensora.tracking import CHAMPION, Tracker, champion, lineage, register, set_champion
+from opensora.tracking.lineage import lineage
+from opensora.tracking.registry import CHAMPION, champion, register, set_champion
+from opensora.tracking.tracker import Tracker
 from opensora.training.checkpoint import newest_checkpoint, read_info
 
 COMPARABLE = ("fd_extractor", "samples_per_stage")  # metrics of another extractor or N are not compared

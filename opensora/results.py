@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opensora.config import TRAIN_STEPS, Config
 from opensora.step import StepError
-from opensora.tracking import tracking_uri
+from opensora.tracking.store import tracking_uri
 
 PROMPT = "a red circle moving left"  # of the embedded world
 

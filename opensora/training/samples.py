@@ -20,7 +20,7 @@ from opensora.diffusion.rectified_flow import RectifiedFlow
 from opensora.models.stdit import STDiT
 from opensora.models.text import embed_texts
 from opensora.models.vae import FrameVAE
-from opensora.tracking import Tracker
+from opensora.tracking.tracker import Tracker
 from opensora.training.checkpoint import locate, stdit_config
 
 STEPS = 20  # of the sampler: to look at, not to measure

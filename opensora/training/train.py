@@ -22,7 +22,7 @@ from opensora.models.stdit import STDiT
 from opensora.parallel.engine import Engine
 from opensora.progress import progress
 from opensora.step import StepError
-from opensora.tracking import Tracker
+from opensora.tracking.tracker import Tracker
 from opensora.training.checkpoint import EMA, MODEL, OPTIMIZER, RNG, check_same, find_newest, read_info, step_of
 from opensora.training.compiling import compile_blocks
 from opensora.training.ema import Ema

@@ -55,7 +55,7 @@ def _train(config: Config, stage: str, job: dict, work: Path, engine: "Engine") 
 
     from opensora.data.buckets import Plan, stage_buckets
     from opensora.plan import check_fits
-    from opensora.tracking import Tracker
+    from opensora.tracking.tracker import Tracker
     from opensora.training.samples import SampleWriter
     from opensora.training.train import Trainer
 

@@ -27,7 +27,7 @@ STEPS = 8
 COMMON = ("train_video.log_every=1", "train_video.checkpoint_every=3", f"train_video.steps={STEPS}")
 LIMIT_S = 120.0
 WORLD_SIZE = 2
-IMPORTED = ["opensora.training.worker", "opensora.training.train", "opensora.tracking", "mlflow"]
+IMPORTED = ["opensora.training.worker", "opensora.training.train", "opensora.tracking.tracker", "mlflow"]
 
 
 def config(*overrides: str) -> Config:

@@ -1,23 +1,21 @@
-"""Runs, checkpoints and the model registry in MLflow; the only file that imports it.
+"""A run of one step, written to a local spool first.
 
-Every record is a line in a local spool first, with its time fixed; a thread drains the spool. A tracking server that
-is down neither stops training nor loses a point: what is left is sent at the next start, or by `replay`.
+Every record is a line in the spool, with its time fixed; a thread drains it. A tracking server that is down neither
+stops training nor loses a point: what is left is sent at the next start, or by `replay`.
 """
 
 import json
 import logging
-import os
-import subprocess
 import threading
 import time
 import uuid
-from hashlib import md5
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from opensora.config import UserError
 from opensora.step import final_place, lock_file, write_json
+from opensora.tracking.lineage import flatten, lineage
+from opensora.tracking.store import connect, experiment_id
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,87 +25,8 @@ BATCH = 900  # metrics a request; the store accepts 1000
 PARAMS_BATCH = 100
 DRAIN_EVERY_S = 2.0
 CLOSE_TIMEOUT_S = 60.0
-SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_MODEL_CATALOG_URI": "",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-}
-CHAMPION = "champion"
 LOCK = "lock"  # beside a spool, held while a run writes to it
-_CONNECTING = threading.Lock()  # of two threads that import MLflow at once, one sees half of it
 log = logging.getLogger(__name__)
-
-
-class RegistryError(UserError):
-    """The registry has no such model, or what it points to is gone or changed."""
-
-
-def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file below the results' root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
-
-
-def connect(root: Path) -> "MlflowClient":
-    """A client of the store; the first use of a new SQLite file takes some seconds."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    uri = tracking_uri(root)  # not set globally: MLflow would write it into the environment
-    with _CONNECTING:
-        import mlflow
-
-        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _experiment(client: "MlflowClient", root: Path, profile: str) -> str:
-    name = f"opensora-{profile}"
-    found = client.get_experiment_by_name(name)
-    if found:
-        return found.experiment_id
-    local = tracking_uri(root).startswith("sqlite:")
-    place = (root / "mlartifacts" / name).resolve().as_uri() if local else None
-    return client.create_experiment(name, artifact_location=place)
-
-
-DATA_REVISION = "OPENSORA_DATA_REVISION"  # environment: of a pipeline on a cluster
-
-
-def lineage() -> dict[str, str]:
-    """Tags that say which code and data made a run: git commit and state, dvc.lock's md5 and those of its outs.
-
-    A pipeline on a cluster has neither git nor dvc.lock; it names the data's revision in the environment.
-    """
-    tags = {"data_revision": revision} if (revision := os.environ.get(DATA_REVISION)) else {}
-    try:
-        for name, command in {
-            "git_commit": "rev-parse HEAD",
-            "git_dirty": "status --porcelain --untracked-files=no",
-        }.items():
-            out = subprocess.run(
-                ["git", *command.split()], capture_output=True, text=True, check=True, timeout=20
-            ).stdout
-            tags[name] = out.strip() if name == "git_commit" else str(bool(out.strip())).lower()
-    except (OSError, subprocess.SubprocessError):
-        tags["git_commit"] = "unknown"
-    lock = Path("dvc.lock")
-    if lock.is_file():
-        import yaml
-
-        tags["dvc_lock_md5"] = md5(lock.read_bytes()).hexdigest()
-        for stage in (yaml.safe_load(lock.read_text()) or {}).get("stages", {}).values():
-            tags |= {f"dvc.{out['path']}.md5": out["md5"] for out in stage.get("outs", []) if "md5" in out}
-    return tags
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} -> {"a.b": "1"}, as MLflow's params want it."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
-    return flat
 
 
 class Tracker:
@@ -295,7 +214,7 @@ class Tracker:
 
         assert self._client is not None
         model = self._client.create_logged_model(
-            _experiment(self._client, self.root, self.profile),
+            experiment_id(self._client, self.root, self.profile),
             name=f"{self.step}-{record['step']}",
             source_run_id=run,
             params={"step": str(record["step"])},
@@ -314,7 +233,7 @@ class Tracker:
         """The run whose id `file` holds; created and written there the first time."""
         if not file.is_file():
             assert self._client is not None
-            experiment = _experiment(self._client, self.root, self.profile)
+            experiment = experiment_id(self._client, self.root, self.profile)
             run = self._client.create_run(experiment, run_name=name, tags=tags | {"profile": self.profile})
             part = file.with_name("run_id.part")
             part.write_text(run.info.run_id)
@@ -337,62 +256,3 @@ def replay(root: Path) -> int:
                     Tracker(root, spool.parts[-5], spool.parent.name, spool.parent).drain()
                 count += 1
     return count
-
-
-def champion(root: Path, model: str) -> Any | None:
-    """The registered version that carries the alias `champion`, or None."""
-    client = connect(root)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(model, CHAMPION)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-
-
-def register(root: Path, model: str, source: Path, tags: dict[str, str]) -> str:
-    """Register a version whose files lie in `source`; returns its number."""
-    client = connect(root)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    return str(client.create_model_version(model, str(source.resolve()), tags=tags).version)
-
-
-def set_champion(root: Path, model: str, version: str) -> None:
-    """Move the alias."""
-    connect(root).set_registered_model_alias(model, CHAMPION, version)
-
-
-def model_version_path(uri: str, root: Path) -> Path:
-    """The checkpoint folder behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-    Raises:
-        RegistryError: no such version, or its files are gone or not those that were registered.
-    """
-    client = connect(root)
-    from mlflow.exceptions import MlflowException
-
-    name, at, alias = uri.removeprefix("models:/").partition("@")
-    try:
-        if at:
-            version = client.get_model_version_by_alias(name, alias)
-        else:
-            name, _, number = name.partition("/")
-            version = client.get_model_version(name, number)
-    except MlflowException as error:
-        raise RegistryError(f"{uri} is not in the registry at {tracking_uri(root)}: {error.message}") from None
-    folder = Path(version.tags.get("checkpoint.uri", ""))
-    try:
-        found = json.loads((folder / "checkpoint.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        raise RegistryError(f"{uri} points to {folder}, which holds no checkpoint any more") from None
-    if found != version.tags.get("checkpoint.sha256"):
-        raise RegistryError(f"{uri}: the checkpoint at {folder} is not the one that was registered (another sha256)")
-    return folder

@@ -1,6 +1,5 @@
 """Tracking: spool first, one parent with a child a step, nothing lost when the store is away."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opensora import tracking
-from opensora.tracking import RegistryError, Tracker, connect, flatten, model_version_path, replay
+from opensora.tracking import tracker as tracker_module
+from opensora.tracking.lineage import flatten
+from opensora.tracking.store import connect
+from opensora.tracking.tracker import Tracker, replay
 from tests.conftest import ROOT
 
 
@@ -84,7 +85,7 @@ def test_a_dead_store_stops_nothing_and_loses_nothing(
         raise ConnectionError("no server")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "connect", refuse)
+        patch.setattr(tracker_module, "connect", refuse)
         with track(root, "promote", "smoke") as tracker:
             for step in range(50):
                 tracker.log_metrics({"loss": float(step)}, step)
@@ -111,23 +112,10 @@ def test_checkpoints_are_logged_by_reference(root: Path, tmp_path: Path) -> None
     assert found[0].tags["checkpoint.uri"] == str(tmp_path / "train_video")  # where it lies when the step is done
 
 
-def test_registry_names_what_is_missing_or_changed(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match="not in the registry"):
-        model_version_path("models:/nothing@champion", root)
-    (tmp_path / "checkpoint.json").write_text(json.dumps({"sha256": "new"}))
-    tags = {"checkpoint.uri": str(tmp_path), "checkpoint.sha256": "old"}
-    version = tracking.register(root, "m", tmp_path, tags)
-    tracking.set_champion(root, "m", version)
-    with pytest.raises(RegistryError, match="another sha256"):
-        model_version_path("models:/m@champion", root)
-    (tmp_path / "checkpoint.json").unlink()
-    with pytest.raises(RegistryError, match="no checkpoint any more"):
-        model_version_path(f"models:/m/{version}", root)
-
-
 def test_two_threads_may_be_the_first_to_use_mlflow(tmp_path: Path) -> None:
     code = (
-        "import sys, threading; from pathlib import Path; from opensora.tracking import champion, connect\n"
+        "import sys, threading; from pathlib import Path; from opensora.tracking.registry import champion\n"
+        "from opensora.tracking.store import connect\n"
         "root, failed = Path(sys.argv[1]), []\n"
         "def look(number):\n"
         "    try: champion(root, 'none') if number % 2 else connect(root)\n"

@@ -1,0 +1,1 @@
+"""Runs, checkpoints and the model registry in MLflow; nothing else of this project imports it."""
