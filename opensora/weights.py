@@ -144,12 +144,16 @@ def load_pretrained(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of what a folder holds beside this model
     try:
         model, report = kind.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # Transformers raises anything for files that are missing, damaged or do not fit
         raise WeightsError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     missing = [name for name in sorted(report["missing_keys"]) if not any(fnmatchcase(name, p) for p in optional)]
     wrong = [f"missing {name}" for name in missing]
     mismatched = sorted(report["mismatched_keys"])
