@@ -72,7 +72,7 @@ def test_features_are_the_logits_of_frames_as_it_was_trained(model: I3D, weights
     with torch.inference_mode():
         expected = model(seen.transpose(0, 1)[None])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    assert np.abs(extractor(255 - FRAMES) - found).max() > 0.01
+    assert np.abs(expected - model.logits["conv3d"].bias.detach()).max() > 0.1  # the frames have a say
 
 
 def test_what_is_no_state_dict_of_it_is_refused(weights: Path, tmp_path: Path) -> None:
