@@ -2,9 +2,9 @@
 
     python components/images/build.py [--base IMAGE] [--registry REGISTRY] [IMAGE ...]
 
-Needs buildah and root (or subordinate ids); without --base also debootstrap, which makes Debian 12 from its packages, so
-that no registry is needed. With --registry the images are pushed, and images.json names them by digest, as
-`opensora pipeline submit --images images.json` wants it.
+Needs buildah and root; without --base also debootstrap, which makes Debian 12 from its packages, so that no registry is
+needed. With --registry the images are pushed, and images.json names them by digest, as
+`opensora pipeline submit --images build/images/images.json` wants it.
 
 Left in build/images/: an SBOM for each image (CycloneDX), sizes.json, images.json.
 """
@@ -60,7 +60,7 @@ def main() -> None:
     if pushed:
         path = OUTPUT / "images.json"
         write(path, pushed)
-        print(f"\n{path.relative_to(ROOT)} names them by digest: opensora pipeline submit --images {path.relative_to(ROOT)}")
+        print(f"\nby digest in {path.relative_to(ROOT)}, for `opensora pipeline submit --images`")
     slow = [name for name, row in rows.items() if row["help_s"] > START_S]
     if slow:
         print(f"slow to start (over {START_S} s): {', '.join(slow)}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Add Debian's packages to a CycloneDX list of Python's.
 
-    sbom.py PYTHON.cdx.json DEBIAN.txt > sbom.cdx.json
+sbom.py PYTHON.cdx.json DEBIAN.txt > sbom.cdx.json
 """
 
 import json
