@@ -14,7 +14,7 @@ pip() { /build/tools/bin/pip --python "$env/bin/python" install --no-cache-dir -
 python3 -m venv --without-pip "$env"
 if [ "$name" = opensora ]; then
     echo "import site; site.addsitedir('/opt/torch/lib/python3.11/site-packages')" >"$packages/torch.pth"
-    printf '#!%s/bin/python\nfrom opensora.cli import main\n\nmain()\n' "$env" >"$env/bin/opensora"
+    sed "s#/usr/bin/env python#$env/bin/python#" /build/opensora >"$env/bin/opensora"
     chmod +x "$env/bin/opensora"
 fi
 pip --constraint /build/constraints.txt "$@"

@@ -142,3 +142,11 @@ def test_images_json_is_what_compile_reads(tmp_path: Path) -> None:
     path = tmp_path / "images.json"
     build.write(path, {build.PREFIX + name: f"registry/{name}@sha256:{'0' * 64}" for name in build.IMAGES})
     assert set(json.loads(path.read_text())) == set(IMAGES)
+
+
+def test_the_command_does_nothing_in_a_worker_that_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes started by spawn or forkserver run the command's file under another name: it must not start again."""
+    import runpy
+
+    monkeypatch.setattr("opensora.cli.main", lambda: pytest.fail("started again"))
+    runpy.run_path(str(FOLDER / "opensora"), run_name="__mp_main__")
