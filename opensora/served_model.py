@@ -37,7 +37,7 @@ from opensora.config import UserError
 from opensora.generate import Pipeline, Sampling, choose_sampling, describe_clip, needs
 from opensora.generation_memory import check_resident_memory
 from opensora.models.text import TextEncoder
-from opensora.step import write_json
+from opensora.step import UNWRITABLE, write_json
 from opensora.tracking.registry import register
 from opensora.tracking.store import connect, experiment_id, tracking_uri
 from opensora.training.checkpoint import INFO, SAMPLED, Checkpoint, describe_checkpoint
@@ -172,7 +172,7 @@ def save_served_model(folder: Path, checkpoint: Path, *, embed_models: bool = Tr
 
     Raises:
         CheckpointError: the checkpoint, or a model that it names, is missing or damaged.
-        ServedModelError: the checkpoint makes pictures, or `folder` exists.
+        ServedModelError: the checkpoint makes pictures, or `folder` exists or cannot be written, as on a full disk.
     """
     described = describe_checkpoint(checkpoint)
     if described.train.frames < 2:
@@ -186,9 +186,15 @@ def save_served_model(folder: Path, checkpoint: Path, *, embed_models: bool = Tr
     try:
         part.chmod(0o755)  # mkdtemp's is for its owner alone
         _write(part, described, embed_models)
+        for path in [*part.rglob("*"), part]:
+            _sync(path)
         part.rename(folder)
-    except BaseException:
+        _sync(folder.parent)
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, MlflowException | OSError):
+            reason = UNWRITABLE.get(getattr(error, "errno", None) or 0, str(error))
+            raise ServedModelError(f"{folder} could not be written: {reason}; nothing of it is left") from error
         raise
     return folder
 
@@ -208,14 +214,17 @@ def _write(folder: Path, checkpoint: Checkpoint, embed_models: bool) -> None:
         mlflow.pyfunc.save_model(
             folder,
             python_model=code,
-            code_paths=[str(Path(__file__).parent)],
             model_config=places,
             signature=SIGNATURE,
             input_example=pandas.DataFrame([EXAMPLE]),
             # A build's own suffix, as in 2.13.0+cpu, is on no index. Given here, MLflow does not run the model to see.
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
-    artifacts.mkdir()
+    # MLflow would copy code and artifacts, too: these twice, through the folder for temporary files, and a full disk
+    # would be said to be a file that cannot be copied.
+    package = Path(__file__).parent
+    for path in package.rglob("*.py"):
+        _copy(path, folder / "code" / package.name / path.relative_to(package))
     for name, place in places.items():
         if not Path(place).is_absolute():
             for path in _files(getattr(checkpoint, name)):
@@ -224,10 +233,10 @@ def _write(folder: Path, checkpoint: Checkpoint, embed_models: bool) -> None:
         if path.name in (INFO, *SAMPLED):
             _link(path, artifacts / checkpoint.folder.name / path.name)
     write_json(artifacts / CONTENTS, {"checkpoint": checkpoint.folder.name, "files": files})
-    # MLflow itself would copy what `save_model` is given as artifacts, twice, through the folder for temporary files.
     model = Model.load(str(folder))
     where = f"artifacts/{CONTENTS}"
-    model.flavors[FLAVOR_NAME] |= {"artifacts": {"contents": {"path": where, "uri": where}}, "model_code_path": CODE}
+    contents = {"contents": {"path": where, "uri": where}}
+    model.flavors[FLAVOR_NAME] |= {"artifacts": contents, "code": "code", "model_code_path": CODE}
     model.model_size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     model.save(str(folder / MLMODEL_FILE_NAME))
 
@@ -241,7 +250,20 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _verify(folder: Path, hashes: Mapping[str, str]) -> None:
@@ -305,14 +327,17 @@ def _patience() -> Iterator[None]:
         os.environ.pop(TIMEOUT) if usual is None else os.environ.update({TIMEOUT: usual})
 
 
-def signature_of(folder: Path) -> str:
+def signature_of(folder: Path | None = None) -> str:
     """Columns and types of requests and answers, as one line of JSON: equal if a client can take one for the other.
+
+    Args:
+        folder: a served model; None for what one gets that is saved now.
 
     Raises:
         ServedModelError: it is no served model.
     """
     try:
-        signature = Model.load(str(folder)).signature
+        signature = Model.load(str(folder)).signature if folder else SIGNATURE
     except (MlflowException, OSError, ValueError) as error:
         raise ServedModelError(f"{folder} is no MLflow model: {error}") from None
     described = signature.to_dict() if signature else {}

@@ -37,10 +37,12 @@ from opensora.served_model import (
     save_served_model,
     signature_of,
 )
-from opensora.tracking.registry import model_version_path, register, set_champion
+from opensora.tracking.registry import CHAMPION, model_version_path, register
+from opensora.tracking.store import connect
 from opensora.training.checkpoint import CheckpointError, describe_checkpoint
 from opensora.weights import hash_file
 from tests.conftest import ROOT
+from tests.small_disk import small_disk
 
 MODEL = "opensora-smoke"
 PROMPT = "a red circle moving left"
@@ -109,6 +111,11 @@ def running(log: Path, *arguments: str, **environment: str) -> Iterator[subproce
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
+
+
+def promote(root: Path, folder: Path, tags: dict[str, str]) -> None:
+    version = register_served_model(root, "smoke", MODEL, folder, tags)
+    connect(root).set_registered_model_alias(MODEL, CHAMPION, version)
 
 
 def free_port() -> int:
@@ -264,9 +271,17 @@ def test_what_cannot_be_served_leaves_nothing(checkpoint: Path, outside: Path, s
         signature_of(tmp_path)
 
 
+@pytest.mark.parametrize("size", ["600k", "1800k"])  # too little for the code, too little for the weights
+def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, size: str) -> None:
+    with small_disk(tmp_path / "small", size) as small:
+        with pytest.raises(ServedModelError, match="model could not be written: the disk is full"):
+            save_served_model(small / "model", checkpoint)
+        assert not list(small.iterdir())
+
+
 def test_signatures_of_two_versions_are_the_same_text(served: Path, outside: Path, tmp_path: Path) -> None:
     other = save_served_model(tmp_path / "other", outside, embed_models=False)
-    assert signature_of(other) == signature_of(served)
+    assert signature_of(other) == signature_of(served) == signature_of()
     columns = json.loads(signature_of(served))["inputs"]
     required = {column["name"]: (column["type"], column["required"]) for column in columns}
     assert required == {
@@ -292,7 +307,7 @@ def test_served_over_http_from_the_registry(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     sha256 = describe_checkpoint(checkpoint).sha256
     tags = {"checkpoint.uri": str(checkpoint_of(served)), "checkpoint.sha256": sha256}
-    set_champion(tmp_path, MODEL, register_served_model(tmp_path, "smoke", MODEL, served, tags))
+    promote(tmp_path, served, tags)
     uri = f"models:/{MODEL}@champion"
     assert model_version_path(uri, tmp_path) == checkpoint_of(served)  # what `opensora generate` takes
     assert predict(mlflow.pyfunc.load_model(uri), {"prompt": PROMPT, "seed": 3}) == [expected["usual"]]
@@ -366,7 +381,7 @@ def test_a_server_gets_the_files_and_gives_them_back(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         with pytest.raises(MlflowException, match="To use a local path as a model version source"):
             register(tmp_path, MODEL, served, {})
-        set_champion(tmp_path, MODEL, register_served_model(tmp_path, "smoke", MODEL, served, {"stage": "train_video"}))
+        promote(tmp_path, served, {"stage": "train_video"})
         before = dict(os.environ)
         model = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion")
         assert predict(model, {"prompt": PROMPT, "seed": 3}) == [expected["usual"]]
