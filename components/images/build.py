@@ -28,6 +28,8 @@ BASE = "localhost/opensora-debian"
 SUITE = "bookworm"
 START_S = 2.0  # that `opensora --help` may take in a started container
 MIB = 2**20
+# What lies where in an image.
+PARTS = {"system": "usr", "torch": "opt/torch", "packages": "opt/opensora", "code": "app"}
 
 
 def main() -> None:
@@ -159,22 +161,18 @@ def start(name: str, image: str) -> dict[str, float]:
         user = inside("id", "-u").stdout.strip()
         if user == "0":
             sys.exit(f"error: {image} runs as root")
-        bom = inside("cat", "/opt/opensora/sbom.cdx.json").stdout
+        root = Path(run("buildah", "mount", container, quiet=True).stdout.strip())
+        bom = (root / "opt/opensora/sbom.cdx.json").read_text()
         (OUTPUT / f"{name}.cdx.json").write_text(bom)
-        sizes = json.loads(inside("python", "-c", SIZES).stdout)
+        sizes = {what: round(size(root / place)) for what, place in PARTS.items()}
     finally:
         run("buildah", "rm", container, quiet=True)
-    return sizes | {"help_s": round(min(times), 2), "packages": len(json.loads(bom)["components"])}
+    return sizes | {"help_s": round(min(times), 2), "components": len(json.loads(bom)["components"])}
 
 
-# What lies where in an image, in MiB.
-SIZES = """
-import json, os
-def size(top):
-    return sum(os.lstat(os.path.join(d, f)).st_size for d, _, fs in os.walk(top) for f in fs) / 2**20
-print(json.dumps({k: round(size(v)) for k, v in
-    {"system": "/usr", "torch": "/opt/torch", "packages_mib": "/opt/opensora", "code": "/app"}.items()}))
-"""
+def size(folder: Path) -> float:
+    """MiB of all files below it."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / MIB
 
 
 def push(name: str, image: str, registry: str, plain_http: bool) -> str:
@@ -190,7 +188,7 @@ def push(name: str, image: str, registry: str, plain_http: bool) -> str:
 def report(rows: dict[str, dict[str, float]], revision: str) -> None:
     """Print the sizes, and keep them."""
     write(OUTPUT / "sizes.json", {"revision": revision, "images": rows})
-    columns = ["system", "torch", "packages_mib", "code", "packages", "help_s", "build_s"]
+    columns = ["system", "torch", "packages", "code", "components", "help_s", "build_s"]
     print("\n" + " ".join(f"{title:>12}" for title in ["MiB", *columns]))
     for name, row in rows.items():
         print(" ".join(f"{value:>12}" for value in [name, *(row[column] for column in columns)]))
