@@ -1,0 +1,119 @@
+"""Every stage and the champion generate the same prompts, and are measured against the same real clips."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from opensora.config import UserError
+from opensora.evaluation.champion import NAME as CHAMPION
+from opensora.evaluation.champion import Champion, kept_measures
+from opensora.evaluation.plan import Plan
+from opensora.evaluation.reference import Reference, keep_features, load_features, reference_tasks
+from opensora.evaluation.sampling import embed_prompts, read_rows, sample_tasks
+from opensora.evaluation.scores import Measured, measure, prompt_scores
+from opensora.evaluation.share import share
+from opensora.metrics.suite import Suite
+from opensora.training.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation found.
+
+    Attributes:
+        stages: in order; the last one is the candidate.
+        reference: the real clips that the candidate was compared with.
+        champion: None if there is none yet.
+        extractors: in use, by name.
+        absent: what was not measured, and why.
+    """
+
+    stages: dict[str, Measured]
+    reference: Reference
+    champion: Champion | None
+    extractors: tuple[str, ...]
+    absent: dict[str, str]
+
+    @property
+    def last(self) -> str:
+        """The stage of the candidate."""
+        return list(self.stages)[-1]
+
+    @property
+    def candidate(self) -> Measured:
+        """The last stage, which may be promoted."""
+        return self.stages[self.last]
+
+
+def measure_all(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    references: Mapping[str, Reference],
+    champion: Champion | None,
+    work: Path,
+) -> Findings:
+    """Generate and measure; a stopped run goes on with the parts that are missing.
+
+    Args:
+        checkpoints: by stage, in order.
+        references: by stage.
+
+    Raises:
+        StepError: generation of a stage failed. That of the champion is said in `Champion.unavailable`.
+    """
+    candidate = list(checkpoints.values())[-1]
+    makers, against = dict(checkpoints), dict(references)
+    if champion:
+        champion = _meet(champion, candidate, plan, work)
+        if champion.checkpoint and not champion.measured and champion.sha256 != candidate.sha256:
+            makers[CHAMPION], against[CHAMPION] = champion.checkpoint, plan.reference(champion.checkpoint)
+    embed_prompts(candidate.folder, plan.prompts, work)
+
+    folders = {name: checkpoint.folder for name, checkpoint in makers.items()}
+    pairs = list(zip(plan.prompts, plan.seeds, strict=True))
+    samples = sample_tasks(folders, pairs, work, plan.config, plan.weights)
+    real = reference_tasks(list(against.values()), plan.cache, work, plan.weights)
+    failure = share([*real, *samples], plan.config.processes, may_fail=CHAMPION)
+    keep_features(real, plan.cache)
+
+    suite = Suite.load(**plan.weights)
+    measured = {}
+    for name in makers if not failure else checkpoints:
+        rows = read_rows([task for task in samples if task.name == name])
+        features = load_features(against[name], plan.cache)
+        measured[name] = Measured(
+            files=[row["file"] for row in rows],
+            scores=prompt_scores(plan.prompts, rows),
+            metrics=measure(suite, plan.prompts, rows, features),
+            height=against[name].shape.height,
+            real_clips=max((len(found) for found in (features or {}).values()), default=0),
+            seen=[row["seen"] for row in rows],
+        )
+    own = measured.pop(CHAMPION, None)
+    last = list(checkpoints)[-1]
+    if champion and failure:
+        champion = replace(champion, unavailable=failure)
+    elif champion and champion.sha256 == candidate.sha256:
+        champion = replace(champion, measured=measured[last])
+    elif champion and own:
+        champion = replace(champion, measured=own)
+    reason = references[last].reason
+    absent = suite.absent | ({"frechet_distance": reason} if reason else {})
+    return Findings(measured, references[last], champion, suite.names, absent)
+
+
+def _meet(champion: Champion, candidate: Checkpoint, plan: Plan, work: Path) -> Champion:
+    """The champion with what it was measured by before; one that cannot generate loses its checkpoint."""
+    if champion.checkpoint is None:
+        return champion
+    checkpoint = champion.checkpoint
+    champion = replace(champion, identity=plan.identity(plan.reference(checkpoint)))
+    if champion.sha256 == candidate.sha256:
+        return champion
+    measured = kept_measures(champion, plan, work)
+    if measured is None:
+        try:
+            embed_prompts(checkpoint.folder, plan.prompts, work)
+        except UserError as error:
+            return replace(champion, checkpoint=None, unavailable=str(error))
+    return replace(champion, measured=measured)
