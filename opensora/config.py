@@ -292,6 +292,13 @@ class EvaluateConfig(Section):
     reference_clips: NonNegative = Field(
         256, description="clips of one's own that generated ones are compared with; 0: none"
     )
+    videomae: str = Field("", description="folder below weights_dir: VideoMAE, for fvd_videomae; empty: not measured")
+    i3d: str = Field("", description="state dict below weights_dir: I3D, for fvd_i3d; empty: not measured")
+    inception: str = Field(
+        "", description="folder below weights_dir: encoder of images, for an FID named after it; empty: not measured"
+    )
+    clip: str = Field("", description="folder below weights_dir: CLIP, for clip_score; empty: not measured")
+    vbench: str = Field("", description="python of an environment with vbench installed; empty: not run")
 
 
 class Gate(Section):
