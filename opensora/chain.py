@@ -173,6 +173,10 @@ def _evaluate(config: "Config", base: Path, output: Path, root: Path) -> "Report
         output,
         root,
         data=data,
+        weights={
+            name: optional_weights(config, getattr(config.evaluate, name))
+            for name in ("videomae", "i3d", "inception", "clip")
+        },
         extra=extra,
         seconds=seconds,
         peak_memory_mib=peak,

@@ -198,8 +198,8 @@ def _marks(prompt: str, scores: Mapping[str, float], theirs: Mapping[str, float]
     """What the list of prompts can be narrowed to."""
     marks = ["held-out"] if prompt in {scene.caption for scene in held_out_scenes()} else []
     marks += ["wrong"] if scores.get("prompt_following") == 0 else []
-    name = primary(list(scores))
-    if name in theirs:
+    name = primary(scores)
+    if name in scores and name in theirs:
         gain = _gain(name, scores[name], theirs[name])
         marks += ["better"] if gain > 0 else ["worse"] if gain < 0 else []
     return marks

@@ -33,8 +33,8 @@ def write_plots(
     rows = [(title, value) for title, name, value in named if name.startswith(DISTANCES)]
     _write(folder / "distances.csv", ("distance", "value"), sorted(rows))
     last = list(stages.values())[-1].scores
-    measure = primary(list(last[0]))
-    lines = [(prompt, measure, row[measure]) for prompt, row in zip(prompts, last, strict=True)]
+    measure = primary(last[0])
+    lines = [(prompt, measure, row[measure]) for prompt, row in zip(prompts, last, strict=True) if measure in row]
     _write(folder / "prompts.csv", ("prompt", "measure", "value"), lines)
 
 

@@ -1,6 +1,6 @@
 """From the rows of single clips to the metrics of a stage, and which way each metric is better."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from opensora.metrics.suite import Suite
 
 PARTS = ("colour", "shape", "direction")
 DISTANCES = ("fd_", "fvd_", "fid_")
+MOTION = ("dynamic_degree", "flow_degree", "vbench_dynamic_degree")
 # What a prompt is judged by first, where it is measured.
 PRIMARY = ("prompt_following", "clip_score", "motion_smoothness")
 
@@ -40,12 +41,12 @@ def better(name: str) -> int:
     """1 if more of a metric is better, −1 if less is, 0 if neither: motion alone is no merit."""
     if name.startswith(DISTANCES):
         return -1
-    return 0 if name == "dynamic_degree" else 1
+    return 0 if name in MOTION else 1
 
 
-def primary(names: Sequence[str]) -> str:
-    """What single prompts are judged by."""
-    return next((name for name in PRIMARY if name in names), names[0])
+def primary(names: Collection[str]) -> str:
+    """What single prompts are judged by; empty where nothing is measured of them."""
+    return next((name for name in (*PRIMARY, *names) if name in names), "")
 
 
 def follows(prompt: str, row: Row) -> dict[str, bool] | None:
