@@ -150,7 +150,9 @@ def _controls(names: Sequence[str], other: Measured | None, prompts: Sequence[st
         ]
     orders = [("number 1", "number")]
     for name in names:
-        orders.append((f"{_key('v', name)} {better(name) or 1}", f"{_label(name)}, lowest first"))
+        orders.append(
+            (f"{_key('v', name)} {better(name) or 1}", f"{_label(name)}, {'worst' if better(name) else 'lowest'} first")
+        )
         if other:
             orders.append((f"{_key('d', name)} 1", f"{_label(name)}, most lost to the champion first"))
             orders.append((f"{_key('d', name)} -1", f"{_label(name)}, most won first"))

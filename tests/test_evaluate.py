@@ -1,31 +1,53 @@
-"""The measures tell a perfect sampler from a wrong one, and evaluation leaves what others read."""
+"""The measures tell a perfect sampler from a wrong one, and the step leaves what the gate, DVC and people read."""
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from opensora.config import ConfigError, load_config
+from opensora.config import ConfigError, UserError, load_config
 from opensora.demo.shapes import Scene, all_scenes, render_clip
-from opensora.evaluate import describe_sample, evaluation_prompts, follows, measure, run
-from opensora.step import StepError
+from opensora.evaluate import run
+from opensora.evaluation.prompts import describe_seeds, evaluation_prompts
+from opensora.evaluation.reference import Shape, rendered_reference
+from opensora.evaluation.sampling import Row, describe_sample
+from opensora.evaluation.scores import follows, measure, prompt_scores
+from opensora.metrics.suite import Suite
+from opensora.step import Report
+from opensora.tracking.registry import register, set_champion
+from opensora.training.checkpoint import read_info
 from tests.conftest import ROOT
 
 PROMPTS = [scene.caption for scene in all_scenes()]
+SUITE = Suite.load(device="cpu")
 
 
-def rows(shown: Callable[[Scene], Scene], frames: int = 8) -> list[dict]:
+def rows(shown: Callable[[Scene], Scene], frames: int = 8) -> list[Row]:
     """What a sampler that shows `shown(scene)` for each prompt gets."""
     rng = np.random.default_rng(3)
-    return [describe_sample(scene.caption, render_clip(shown(scene), frames, 32, rng)) for scene in all_scenes()]
+    return [describe_sample(SUITE, scene.caption, render_clip(shown(scene), frames, 32, rng)) for scene in all_scenes()]
 
 
 @pytest.fixture(scope="module")
-def perfect() -> dict[str, float]:
-    return measure(PROMPTS, rows(lambda scene: scene))
+def real() -> dict[str, np.ndarray]:
+    """Features of rendered clips."""
+    reference = rendered_reference(PROMPTS, Shape(8, 32, 32, 1), {})
+    return {
+        "randconv": np.array(
+            [SUITE.reference(clip.read(None, reference.shape))["randconv"] for clip in reference.clips]
+        )
+    }
+
+
+@pytest.fixture(scope="module")
+def perfect(real: dict[str, np.ndarray]) -> dict[str, float]:
+    return measure(SUITE, PROMPTS, rows(lambda scene: scene), real)
 
 
 def test_a_perfect_sampler_is_perfect(perfect: dict[str, float]) -> None:
@@ -42,13 +64,13 @@ def test_a_perfect_sampler_is_perfect(perfect: dict[str, float]) -> None:
 
 def test_one_wrong_part_is_seen_alone(perfect: dict[str, float]) -> None:
     back = {"left": "right", "right": "left", "up": "down", "down": "up"}
-    wrong = measure(PROMPTS, rows(lambda scene: Scene(scene.colour, scene.shape, back[scene.direction])))
+    wrong = measure(SUITE, PROMPTS, rows(lambda scene: Scene(scene.colour, scene.shape, back[scene.direction])), None)
     assert wrong["direction"] == wrong["prompt_following_seen"] == wrong["prompt_following_held_out"] == 0
     assert wrong["colour"] == wrong["shape"] == 1
 
 
-def test_one_answer_for_all_prompts_scores_as_chance(perfect: dict[str, float]) -> None:
-    same = measure(PROMPTS, rows(lambda scene: all_scenes()[0]))
+def test_one_answer_for_all_prompts_scores_as_chance(perfect: dict[str, float], real: dict[str, np.ndarray]) -> None:
+    same = measure(SUITE, PROMPTS, rows(lambda scene: all_scenes()[0]), real)
     assert (same["colour"], same["shape"], same["direction"]) == (1 / 4, 1 / 3, 1 / 4)
     assert same["prompt_following"] == 1 / 48
     assert same["fd_randconv"] > 3 * perfect["fd_randconv"]
@@ -56,52 +78,187 @@ def test_one_answer_for_all_prompts_scores_as_chance(perfect: dict[str, float]) 
 
 def test_noise_shows_nothing() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
-    verdict = follows(PROMPTS[0], describe_sample(PROMPTS[0], noise))
+    verdict = follows(PROMPTS[0], describe_sample(SUITE, PROMPTS[0], noise))
     assert verdict is not None
-    assert not verdict["prompt"]
+    assert not verdict["prompt_following"]
 
 
 def test_a_picture_has_no_direction() -> None:
-    scores = measure(PROMPTS, rows(lambda scene: scene, frames=1))
+    scores = measure(SUITE, PROMPTS, rows(lambda scene: scene, frames=1), None)
     assert "direction" not in scores
     assert scores["prompt_following_seen"] == 1
 
 
 def test_other_prompts_are_measured_without_the_detector() -> None:
     frames = np.zeros((4, 32, 32, 3), np.uint8)
-    scores = measure(["a lighthouse"], [describe_sample("a lighthouse", frames)])
-    assert set(scores) == {"flicker", "dynamic_degree", "motion_smoothness"}
+    row = describe_sample(SUITE, "a lighthouse", frames)
+    names = {"flicker", "dynamic_degree", "motion_smoothness", "flow_degree"}
+    assert set(measure(SUITE, ["a lighthouse"], [row], None)) == names == set(prompt_scores(["a lighthouse"], [row])[0])
 
 
-def test_the_step_leaves_metrics_gallery_and_samples(checkpoint: Path, tmp_path: Path) -> None:
-    base = tmp_path / "smoke"
+TINY = ("evaluate.batch_size=1", "evaluate.prompts=[a red circle moving up, a dog, a blue square moving left, a cat]")
+ARGUMENTS = {"extra": {"caption_exact_match": 0.5}, "seconds": {"split": 2.0}, "peak_memory_mib": 7.0}
+
+
+def evaluate(base: Path) -> Report:
+    """The step on the stage below `base`, which lies in the root of all results."""
+    config = load_config(ROOT / "params.yaml", "smoke", TINY)
+    return run(config, {"train_video": base / "train_video"}, base / "evaluate", base.parent, **ARGUMENTS)
+
+
+def results(base: Path, *without: str) -> dict:
+    """metrics.json and scores.json together."""
+    both = [json.loads((base / "evaluate" / name).read_text()) for name in ("metrics.json", "scores.json")]
+    return {name: value for part in both for name, value in part.items() if name not in without}
+
+
+@pytest.fixture(scope="module")
+def first(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a profile with a stage, evaluated while there was no champion."""
+    base = tmp_path_factory.mktemp("first") / "smoke"
     shutil.copytree(checkpoint.parents[2], base)
-    config = load_config(ROOT / "params.yaml", "smoke")
-    stages = {"train_video": base / "train_video"}
-    arguments = {"extra": {"caption_exact_match": 0.5}, "seconds": {"split": 2.0}, "peak_memory_mib": 7.0}
-    report = run(config, stages, base / "evaluate", tmp_path, **arguments)
-    metrics = json.loads((base / "evaluate" / "metrics.json").read_text())
+    evaluate(base)
+    return base
+
+
+def test_the_step_leaves_metrics_scores_gallery_and_samples(first: Path) -> None:
+    metrics, folder = json.loads((first / "evaluate" / "metrics.json").read_text()), first / "evaluate"
     assert metrics["caption_exact_match"] == 0.5
     assert metrics["seconds"] == {"split": 2.0}
-    assert metrics["fd_extractor"] == "randconv"
+    assert (metrics["metrics_version"], metrics["fd_extractor"], metrics["samples_per_stage"]) == (1, "randconv", 4)
+    assert (metrics["seeds"], metrics["reference_clips"]) == ("1000-1003", 48)
     assert 0 <= metrics["prompt_following_seen"] <= 1
-    assert "data:video/mp4" in (base / "evaluate" / "gallery.html").read_text()
-    assert len(list((base / "evaluate" / "samples" / "train_video").glob("*.mp4"))) == 2
-    assert (base / "evaluate" / "frames.png").is_file()
-    assert run(config, stages, base / "evaluate", tmp_path, **arguments) == report  # a repeat does nothing
+    assert metrics["absent"]["fvd_videomae"] == "evaluate.videomae is not set"
+    scores = json.loads((folder / "scores.json").read_text())
+    of_stage = scores["stages"]["train_video"]
+    assert (len(of_stage), scores["seeds"], scores["prompts"][1]) == (4, [1000, 1001, 1002, 1003], "a dog")
+    assert np.mean([row["flicker"] for row in of_stage]) == pytest.approx(metrics["train_video_flicker"])
+    assert ["prompt_following" in row for row in of_stage] == [True, False, True, False]
+    assert len(list((folder / "samples" / "train_video").glob("*.mp4"))) == 4
+    for name in ("frames.png", "gallery.html", "plots/scores.csv"):
+        assert (folder / name).is_file()
+    assert not (folder / "champion.json").exists()
+    assert evaluate(first) == Report(**json.loads((folder / "report.json").read_text()))  # a repeat does nothing
 
+
+def test_a_stage_without_a_usable_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    base = tmp_path / "smoke"
+    shutil.copytree(checkpoint.parents[2], base)
     (base / "train_video" / "checkpoints" / checkpoint.name / "model.safetensors").write_bytes(b"")
-    with pytest.raises(StepError.__base__, match="no usable checkpoint"):
-        run(config, stages, base / "evaluate", tmp_path, **arguments)
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        evaluate(base)
+
+
+def test_a_killed_run_ends_as_one_never_stopped(checkpoint: Path, first: Path, tmp_path: Path) -> None:
+    base = tmp_path / "smoke"
+    shutil.copytree(checkpoint.parents[2], base)
+    command = f"from tests.test_evaluate import *; evaluate(Path({str(base)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", f"{command} if __name__ == '__main__' else None"], cwd=ROOT)
+    parts = base / ".partial" / "evaluate" / "parts"
+    try:
+        limit = time.monotonic() + 120
+        while not list(parts.glob("train_video-*.json")):
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait(60)
+    made = {path: path.stat().st_mtime_ns for path in parts.glob("train_video-*.json")}
+    assert made
+    assert not (base / "evaluate").exists()
+    evaluate(base)
+    assert results(base) == results(first)
+    for clip in (first / "evaluate" / "samples").rglob("*.mp4"):
+        assert (base / clip.relative_to(first)).read_bytes() == clip.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def second(first: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile whose candidate differs from the champion, which is `first`; it has no evaluation of its own."""
+    import torch
+
+    from opensora.training.checkpoint import save_checkpoint
+
+    base = tmp_path_factory.mktemp("second") / "smoke"
+    shutil.copytree(checkpoint.parents[2], base)
+    place = base / "train_video" / "checkpoints"
+    state, info = _state(checkpoint), read_info(checkpoint)
+    torch.manual_seed(1)
+    state["final_layer.linear.weight"] += 0.05 * torch.randn_like(state["final_layer.linear.weight"])
+    kept = {name: info[name] for name in ("config", "stage", "vae", "text_encoder", "vae_scale")}
+    save_checkpoint(place, step=2, model=state, ema=state, optimizer={}, rng={}, info=kept)
+    _promote(base.parent, first / "train_video" / "checkpoints" / checkpoint.name, None)
+    evaluate(base)
+    return base
+
+
+def _state(folder: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "ema.safetensors")
+
+
+def _promote(root: Path, folder: Path, evaluation: Path | None) -> None:
+    tags = {"checkpoint.uri": str(folder), "checkpoint.sha256": read_info(folder)["sha256"]}
+    if evaluation:
+        tags["evaluation.uri"] = str(evaluation)
+    set_champion(root, "opensora-smoke", register(root, "opensora-smoke", folder, tags))
+
+
+def test_a_champion_without_an_evaluation_generates_the_same_prompts(first: Path, second: Path) -> None:
+    champion = json.loads((second / "evaluate" / "champion.json").read_text())
+    own, candidate = results(first), results(second)
+    assert champion["scores"] == own["stages"]["train_video"] != candidate["stages"]["train_video"]
+    assert champion["metrics"]["train_video_flicker"] == own["train_video_flicker"]
+    assert champion["metrics"]["prompt_following_seen"] == own["prompt_following_seen"]
+    assert champion["metrics"]["evaluation_sha256"] == own["evaluation_sha256"] == candidate["evaluation_sha256"]
+    assert candidate["champion_sha256"] == champion["sha256"]
+    page = (second / "evaluate" / "gallery.html").read_text()
+    assert page.count("<figcaption>champion version 1</figcaption>") == 4
+
+
+def test_a_champions_own_evaluation_is_taken_and_a_lost_one_is_said(first: Path, second: Path, tmp_path: Path) -> None:
+    base = tmp_path / "smoke"
+    shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
+    folder = first / "train_video" / "checkpoints" / "step-1"
+    own = tmp_path / "registry" / "evaluation"
+    shutil.copytree(first / "evaluate", own)
+    _promote(tmp_path, folder, own)
+    shutil.rmtree(base / "evaluate")
+    evaluate(base)
+    clip = base / "evaluate" / "samples" / "champion" / "003.mp4"
+    assert clip.samefile(own / "samples" / "train_video" / "003.mp4")
+    before = json.loads((second / "evaluate" / "champion.json").read_text())
+    assert json.loads((base / "evaluate" / "champion.json").read_text()) == before | {"version": "2"}
+
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    _promote(tmp_path, moved, own)
+    shutil.rmtree(moved)
+    evaluate(base)  # another champion: not the finished evaluation
+    assert "holds no checkpoint any more" in results(base)["champion_unavailable"]
+    assert not (base / "evaluate" / "champion.json").exists()
+    assert "holds no checkpoint any more" in (base / "evaluate" / "gallery.html").read_text()
+
+
+def test_a_candidate_that_became_champion_is_not_evaluated_again(second: Path, tmp_path: Path) -> None:
+    shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
+    base = tmp_path / "smoke"
+    before = (base / "evaluate" / "report.json").stat().st_mtime_ns
+    _promote(tmp_path, base / "train_video" / "checkpoints" / "step-2", None)
+    evaluate(base)
+    assert (base / "evaluate" / "report.json").stat().st_mtime_ns == before
 
 
 def test_prompts_come_from_the_configuration_and_its_file(tmp_path: Path) -> None:
     config = load_config(ROOT / "params.yaml", "smoke").evaluate
     (tmp_path / "scenes.txt").write_text("# two\na river\t5\na field\n")
     both = config.model_copy(update={"prompts": ("a cat",), "prompts_file": str(tmp_path / "scenes.txt")})
-    assert evaluation_prompts(both) == ["a cat", "a river", "a field"]
+    assert evaluation_prompts(both) == [("a cat", 1000), ("a river", 5), ("a field", 1002)]
     assert len(evaluation_prompts(config.model_copy(update={"prompts": ()}))) == 48
     with pytest.raises(ConfigError, match=r"no prompts file at none\.txt"):
         evaluation_prompts(config.model_copy(update={"prompts_file": "none.txt"}))
     released = load_config(ROOT / "params.yaml", "h800").evaluate
     assert (ROOT / released.prompts_file).is_file()
+    assert (describe_seeds([3, 4, 5]), describe_seeds([3, 5]), describe_seeds([3])) == ("3-5", "3, 5", "3")

@@ -11,7 +11,7 @@ from opensora.evaluation.champion import NAME as CHAMPION
 from opensora.evaluation.champion import Champion, kept_measures
 from opensora.evaluation.plan import Plan
 from opensora.evaluation.reference import Reference, keep_features, load_features, reference_tasks
-from opensora.evaluation.sampling import Row, embed_prompts, read_rows, sample_tasks
+from opensora.evaluation.sampling import Row, embed_prompts, load_suite, read_rows, sample_tasks
 from opensora.evaluation.scores import Measured, measure, prompt_scores
 from opensora.evaluation.share import share
 from opensora.metrics.suite import Suite
@@ -80,7 +80,7 @@ def measure_all(
     failure = share([*real, *samples], plan.config.processes, may_fail=CHAMPION)
     keep_features(real, plan.cache)
 
-    suite = Suite.load(**plan.weights)
+    suite = load_suite(plan.weights)
     measured, absent = {}, dict(suite.absent)
     for name in makers if not failure else checkpoints:
         rows = read_rows([task for task in samples if task.name == name])

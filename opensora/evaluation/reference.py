@@ -17,9 +17,7 @@ from opensora.data.clip_reader import ClipError, read_crop
 from opensora.data.clip_table import ClipTable
 from opensora.data.shards import read_bytes
 from opensora.demo.shapes import all_scenes, parse_caption, render_clip
-from opensora.evaluation.sampling import Weights
-from opensora.evaluation.share import keep_loaded
-from opensora.metrics.suite import Suite
+from opensora.evaluation.sampling import Weights, load_suite
 from opensora.step import fingerprint, write_json
 
 SEED = 7
@@ -152,7 +150,7 @@ class ReferenceTask:
 
     def do(self) -> None:
         """Leave the features by extractor, a row for every clip that can be read."""
-        suite = keep_loaded("suite", str(self.weights), lambda: Suite.load(**self.weights))
+        suite = load_suite(self.weights)
         rows = []
         for clip in self.reference.clips[self.first : self.first + BATCH]:
             try:

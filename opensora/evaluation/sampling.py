@@ -42,7 +42,7 @@ class SampleTask:
 
         how, texts = self.config, self.folder / "parts" / "text"
         pipeline = keep_loaded("pipeline", self.checkpoint, lambda: Pipeline.load(self.checkpoint, texts))
-        suite = keep_loaded("suite", str(self.weights), lambda: Suite.load(**self.weights))
+        suite = load_suite(self.weights)
         sampler = how.sampler or pipeline.checkpoint.train.objective
         sampling = choose_sampling(pipeline.checkpoint, sampler, how.steps, how.guidance, how.guidance_mode)
         prompts, seeds = zip(*self.prompts, strict=True)
@@ -54,6 +54,13 @@ class SampleTask:
             path = write_clip(samples / f"{self.first + place:03d}", frames, how.fps, note=prompt)
             rows.append(describe_sample(suite, prompt, frames) | {"file": str(path.relative_to(self.folder))})
         write_json(self.result, rows)
+
+
+def load_suite(weights: Weights) -> Suite:
+    """The measures that these weights allow, loaded once in a process."""
+    names = ("videomae", "i3d", "inception", "clip")
+    videomae, i3d, inception, clip = (weights.get(name) for name in names)
+    return keep_loaded("suite", str(weights), lambda: Suite.load(videomae, i3d, inception, clip))
 
 
 def sample_tasks(
