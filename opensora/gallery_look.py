@@ -17,11 +17,13 @@ input, select { font: inherit; padding: .15rem .4rem; margin-left: .4rem; }
 article { display: grid; grid-template-columns: 25rem 1fr; gap: .5rem 1.5rem; padding: 1rem 0;
   border-bottom: 1px solid var(--line); } article[hidden] { display: none; }
 article h3 { font-size: 1rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } article td, article th { font-size: .8rem;
-  padding: .1rem .6rem .1rem 0; white-space: nowrap; } article table { margin-top: .4rem; } .clips { display: flex; flex-wrap: wrap; gap: .8rem; } .clips figure { margin: 0; }
+  padding: .1rem .6rem .1rem 0; white-space: nowrap; }
+article table { margin-top: .4rem; }
+.clips { display: flex; flex-wrap: wrap; gap: .8rem; } .clips figure { margin: 0; }
 .tag { font-size: .75rem; border: 1px solid var(--line); border-radius: 9px; padding: 0 .5em; }
 .clip { display: block; height: 180px; max-width: 100%; border-radius: 6px; background: var(--soft); }
-.tiny { image-rendering: pixelated; } .pair { display: flex; align-self: start; gap: .5rem; padding: .5rem; border-radius: 8px;
-  background: var(--soft); margin-top: -.5rem; } .words { display: block; font-size: .8rem; }
+.tiny { image-rendering: pixelated; } .pair { display: flex; align-self: start; gap: .5rem; padding: .5rem; 
+  border-radius: 8px; background: var(--soft); margin-top: -.5rem; } .words { display: block; font-size: .8rem; }
 @media (max-width: 760px) { article { grid-template-columns: 1fr; } }
 """
 

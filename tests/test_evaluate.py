@@ -14,6 +14,7 @@ import pytest
 from opensora.config import ConfigError, UserError, load_config
 from opensora.demo.shapes import Scene, all_scenes, render_clip
 from opensora.evaluate import run
+from opensora.evaluation.champion import find_champion, read_kept
 from opensora.evaluation.prompts import describe_seeds, evaluation_prompts
 from opensora.evaluation.reference import Shape, rendered_reference
 from opensora.evaluation.sampling import Row, describe_sample
@@ -152,6 +153,7 @@ def test_a_stage_without_a_usable_checkpoint_is_refused(checkpoint: Path, tmp_pa
 def test_a_killed_run_ends_as_one_never_stopped(checkpoint: Path, first: Path, tmp_path: Path) -> None:
     base = tmp_path / "smoke"
     shutil.copytree(checkpoint.parents[2], base)
+    shutil.copy(first.parent / "mlflow.db", tmp_path)  # a kill while MLflow makes its tables is not the matter here
     command = f"from tests.test_evaluate import *; evaluate(Path({str(base)!r}))"
     process = subprocess.Popen([sys.executable, "-c", f"{command} if __name__ == '__main__' else None"], cwd=ROOT)
     parts = base / ".partial" / "evaluate" / "parts"
@@ -177,32 +179,28 @@ def test_a_killed_run_ends_as_one_never_stopped(checkpoint: Path, first: Path, t
 def second(first: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A profile whose candidate differs from the champion, which is `first`; it has no evaluation of its own."""
     import torch
+    from safetensors.torch import load_file
 
     from opensora.training.checkpoint import save_checkpoint
 
     base = tmp_path_factory.mktemp("second") / "smoke"
     shutil.copytree(checkpoint.parents[2], base)
     place = base / "train_video" / "checkpoints"
-    state, info = _state(checkpoint), read_info(checkpoint)
+    model, ema = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema"))
     torch.manual_seed(1)
-    state["final_layer.linear.weight"] += 0.05 * torch.randn_like(state["final_layer.linear.weight"])
+    for state in (model, ema):
+        state["final_layer.linear.weight"] += 0.05 * torch.randn_like(state["final_layer.linear.weight"])
+    info = read_info(checkpoint)
     kept = {name: info[name] for name in ("config", "stage", "vae", "text_encoder", "vae_scale")}
-    save_checkpoint(place, step=2, model=state, ema=state, optimizer={}, rng={}, info=kept)
-    _promote(base.parent, first / "train_video" / "checkpoints" / checkpoint.name, None)
+    save_checkpoint(place, step=2, model=model, ema=ema, optimizer={}, rng={}, info=kept)
+    shutil.copy(first.parent / "mlflow.db", base.parent)
+    _promote(base.parent, first / "train_video" / "checkpoints" / checkpoint.name)
     evaluate(base)
     return base
 
 
-def _state(folder: Path) -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "ema.safetensors")
-
-
-def _promote(root: Path, folder: Path, evaluation: Path | None) -> None:
+def _promote(root: Path, folder: Path) -> None:
     tags = {"checkpoint.uri": str(folder), "checkpoint.sha256": read_info(folder)["sha256"]}
-    if evaluation:
-        tags["evaluation.uri"] = str(evaluation)
     set_champion(root, "opensora-smoke", register(root, "opensora-smoke", folder, tags))
 
 
@@ -218,35 +216,56 @@ def test_a_champion_without_an_evaluation_generates_the_same_prompts(first: Path
     assert page.count("<figcaption>champion version 1</figcaption>") == 4
 
 
-def test_a_champions_own_evaluation_is_taken_and_a_lost_one_is_said(first: Path, second: Path, tmp_path: Path) -> None:
-    base = tmp_path / "smoke"
-    shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
-    folder = first / "train_video" / "checkpoints" / "step-1"
-    own = tmp_path / "registry" / "evaluation"
+def test_a_champions_own_evaluation_is_taken_if_it_was_made_alike(first: Path, second: Path, tmp_path: Path) -> None:
+    found, own = results(first), tmp_path / "evaluation"
     shutil.copytree(first / "evaluate", own)
-    _promote(tmp_path, folder, own)
-    shutil.rmtree(base / "evaluate")
-    evaluate(base)
-    clip = base / "evaluate" / "samples" / "champion" / "003.mp4"
-    assert clip.samefile(own / "samples" / "train_video" / "003.mp4")
-    before = json.loads((second / "evaluate" / "champion.json").read_text())
-    assert json.loads((base / "evaluate" / "champion.json").read_text()) == before | {"version": "2"}
+    kept = read_kept(own, "train_video", 32, found["evaluation_sha256"], tmp_path / "work")
+    assert kept is not None
+    generated = json.loads((second / "evaluate" / "champion.json").read_text())
+    assert kept.scores == generated["scores"]
+    assert kept.metrics["flicker"] == generated["metrics"]["train_video_flicker"]
+    clip = Path("samples", "champion", "003.mp4")
+    assert kept.files[3] == str(clip)
+    assert (tmp_path / "work" / clip).read_bytes() == (second / "evaluate" / clip).read_bytes()
 
+    assert read_kept(own, "train_video", 32, "other prompts", tmp_path / "other") is None
+    for spoil in (
+        lambda: (own / "samples" / "train_video" / "003.mp4").unlink(),
+        lambda: (own / "scores.json").write_text("{"),
+        lambda: (own / "metrics.json").write_text("{}"),
+    ):
+        spoil()
+        assert read_kept(own, "train_video", 32, found["evaluation_sha256"], tmp_path / "work") is None
+
+
+def test_a_champion_that_cannot_be_loaded_is_said(
+    second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_champion(tmp_path / "empty", "opensora-smoke") is None
+    shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
     moved = tmp_path / "moved"
-    shutil.copytree(folder, moved)
-    _promote(tmp_path, moved, own)
+    shutil.copytree(next((second / "train_video" / "checkpoints").glob("step-*")), moved)
+    _promote(tmp_path, moved)
+    (moved / "ema.safetensors").write_bytes(b"")
+    found = find_champion(tmp_path, "opensora-smoke")
+    assert found is not None
+    assert (found.version, found.checkpoint) == ("2", None)
+    assert "ema.safetensors" in found.unavailable
     shutil.rmtree(moved)
-    evaluate(base)  # another champion: not the finished evaluation
-    assert "holds no checkpoint any more" in results(base)["champion_unavailable"]
-    assert not (base / "evaluate" / "champion.json").exists()
-    assert "holds no checkpoint any more" in (base / "evaluate" / "gallery.html").read_text()
+    found = find_champion(tmp_path, "opensora-smoke")
+    assert found is not None
+    assert "holds no checkpoint any more" in found.unavailable
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    found = find_champion(tmp_path, "opensora-smoke")
+    assert found is not None
+    assert "cannot be asked" in found.unavailable
 
 
 def test_a_candidate_that_became_champion_is_not_evaluated_again(second: Path, tmp_path: Path) -> None:
     shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
     base = tmp_path / "smoke"
     before = (base / "evaluate" / "report.json").stat().st_mtime_ns
-    _promote(tmp_path, base / "train_video" / "checkpoints" / "step-2", None)
+    _promote(tmp_path, next((base / "train_video" / "checkpoints").glob("step-*2")))
     evaluate(base)
     assert (base / "evaluate" / "report.json").stat().st_mtime_ns == before
 
