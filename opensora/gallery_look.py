@@ -13,7 +13,7 @@ polyline { fill: none; stroke: var(--line-0); stroke-width: 1.5; } .curves path 
 svg text { font-size: 11px; fill: currentColor; opacity: .7; } figcaption { font-size: .85rem; }
 form { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; align-items: center; z-index: 1;
   padding: .6rem 0; background: Canvas; border-bottom: 1px solid var(--line); } form[hidden] { display: none; }
-input, select { font: inherit; padding: .15rem .4rem; margin-left: .4rem; }
+input, select { font: inherit; padding: .15rem .4rem; margin-left: .4rem; max-width: 17rem; }
 article { display: grid; grid-template-columns: 25rem 1fr; gap: .5rem 1.5rem; padding: 1rem 0;
   border-bottom: 1px solid var(--line); } article[hidden] { display: none; }
 article h3 { font-size: 1rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } article td, article th { font-size: .8rem;
