@@ -73,6 +73,7 @@ def run(
     with Tracker.start(root, config.profile, "evaluate", settings, {}, work) as tracker:
         found = measure_all(plan, checkpoints, references, champion, work)
         metrics = dict(extra) | metrics_record(plan, found) | {"compared_with": opponent}
+        metrics["checkpoint_sha256"] = list(checkpoints.values())[-1].sha256
         metrics |= {"seconds": dict(seconds), "peak_memory_mib": peak_memory_mib}
         _write(config.profile, plan, found, metrics, stages, work)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -21,7 +21,8 @@ from opensora.evaluation.sampling import Row, describe_sample
 from opensora.evaluation.scores import follows, measure, prompt_scores
 from opensora.metrics.suite import Suite
 from opensora.step import Report
-from opensora.tracking.registry import register, set_champion
+from opensora.tracking.registry import register
+from opensora.tracking.store import connect
 from opensora.training.checkpoint import read_info
 from tests.conftest import ROOT
 
@@ -129,6 +130,8 @@ def test_the_step_leaves_metrics_scores_gallery_and_samples(first: Path) -> None
     assert (metrics["metrics_version"], metrics["fd_extractor"], metrics["samples_per_stage"]) == (1, "randconv", 4)
     assert (metrics["seeds"], metrics["reference_clips"]) == ("1000-1003", 48)
     assert 0 <= metrics["prompt_following_seen"] <= 1
+    (newest,) = (first / "train_video" / "checkpoints").glob("step-*")
+    assert metrics["checkpoint_sha256"] == read_info(newest)["sha256"]
     assert metrics["absent"]["fvd_videomae"] == "evaluate.videomae is not set"
     scores = json.loads((folder / "scores.json").read_text())
     of_stage = scores["stages"]["train_video"]
@@ -201,7 +204,8 @@ def second(first: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 def _promote(root: Path, folder: Path) -> None:
     tags = {"checkpoint.uri": str(folder), "checkpoint.sha256": read_info(folder)["sha256"]}
-    set_champion(root, "opensora-smoke", register(root, "opensora-smoke", folder, tags))
+    version = register(root, "opensora-smoke", folder, tags)
+    connect(root).set_registered_model_alias("opensora-smoke", "champion", version)
 
 
 def test_a_champion_without_an_evaluation_generates_the_same_prompts(first: Path, second: Path) -> None:
