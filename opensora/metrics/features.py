@@ -14,7 +14,7 @@ import numpy as np
 from opensora.weights import WeightsError, first_line, hash_model, load_pretrained, load_strict, load_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import BaseImageProcessor, PretrainedConfig
 
 EXTRACTOR = "randconv"
@@ -115,8 +115,8 @@ def load_i3d(path: Path, device: str = "cpu") -> Extractor:
     scaled to 224 pixels (bicubic with antialiasing) and the middle cut out.
 
     Args:
-        path: a state dict, safetensors or PyTorch's. TorchScript is refused: such a file is a program, and PyTorch has
-            no way to load one without running it.
+        path: a state dict, safetensors or PyTorch's. TorchScript is refused: such a file is a program, and there is no
+            way to load one without running it.
 
     Raises:
         WeightsError: missing, damaged, a program, or tensors that do not fit.
@@ -125,14 +125,7 @@ def load_i3d(path: Path, device: str = "cpu") -> Extractor:
 
     from opensora.metrics.i3d import CLASSES, I3D
 
-    model = I3D()
-    try:
-        state = load_tensors(path)
-    except WeightsError as error:
-        advice = "; I3D is read from a state dict (docs/metrics.md), a TorchScript file is a program"
-        raise WeightsError(f"{error}{advice if path.is_file() else ''}") from error
-    load_strict(model, state, computed=[name for name in model.state_dict() if name.endswith("num_batches_tracked")])
-    model.to(device).eval()
+    model = _load_network(I3D(), path, device)
 
     @torch.inference_mode()
     def call(frames: np.ndarray) -> np.ndarray:
@@ -144,8 +137,36 @@ def load_i3d(path: Path, device: str = "cpu") -> Extractor:
     return Extractor("i3d", "fvd_i3d", hash_model(path), CLASSES, 2, call)
 
 
+def load_inception(path: Path, device: str = "cpu") -> Extractor:
+    """Inception-v3 with TensorFlow's weights of 2015, over single frames: the network that FID is named by.
+
+    Four frames of a clip are seen, evenly spaced (one of a picture), scaled to 299×299 as pytorch-fid does: bilinear,
+    without antialiasing. Published FIDs are of 10,000 images and more; one of a few frames does not compare with them.
+
+    Args:
+        path: a state dict, safetensors or PyTorch's.
+
+    Raises:
+        WeightsError: missing, damaged, or tensors that do not fit.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from opensora.metrics.inception import SIZE, WIDTH, Inception
+
+    model = _load_network(Inception(), path, device)
+
+    @torch.inference_mode()
+    def call(frames: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(_some(frames)).to(device).permute(0, 3, 1, 2).float() / 255
+        x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", align_corners=False)
+        return model(x * 2 - 1).cpu().numpy()
+
+    return Extractor("inception", "fid_inception", hash_model(path), WIDTH, 1, call)
+
+
 def load_image_encoder(folder: Path, device: str = "cpu") -> Extractor:
-    """Features of single frames by CLIP, SigLIP, DINO or another vision transformer, for an FID by that encoder.
+    """Features of single frames by CLIP, SigLIP, DINO or another encoder of Transformers, for an FID by that encoder.
 
     Four frames of a clip are seen, evenly spaced (one of a picture). Of a model with a joint space of images and texts
     the image's projection is taken, else the class token, else the mean over places. The distance is named after the
@@ -165,8 +186,7 @@ def load_image_encoder(folder: Path, device: str = "cpu") -> Extractor:
 
     @torch.inference_mode()
     def call(frames: np.ndarray) -> np.ndarray:
-        chosen = frames[evenly(len(frames), FRAMES_PER_CLIP)] if len(frames) > 1 else frames
-        pixels = processor(images=list(chosen), return_tensors="pt").pixel_values.to(device)
+        pixels = processor(images=list(_some(frames)), return_tensors="pt").pixel_values.to(device)
         if hasattr(model, "get_image_features"):
             return model.get_image_features(pixel_values=pixels).pooler_output.cpu().numpy()
         tokens = model(pixel_values=pixels).last_hidden_state
@@ -207,6 +227,23 @@ def resize_crop(frames: "Tensor", size: int) -> "Tensor":
     x = F.interpolate(x, scaled, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     return x[:, :, top : top + size, left : left + size]
+
+
+def _some(frames: np.ndarray) -> np.ndarray:
+    """The frames of a clip [T, H, W, 3] that encoders of images look at."""
+    return frames[evenly(len(frames), FRAMES_PER_CLIP)] if len(frames) > 1 else frames
+
+
+def _load_network(model: "nn.Module", path: Path, device: str) -> "nn.Module":
+    """A network of our own with the state dict of a file."""
+    try:
+        state = load_tensors(path)
+    except WeightsError as error:
+        advice = "; a state dict is read (docs/metrics.md), TorchScript is a program" if path.is_file() else ""
+        raise WeightsError(f"{error}{advice}") from error
+    counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]  # for training alone
+    load_strict(model, state, computed=counters)
+    return model.to(device).eval()
 
 
 def _read_config(folder: Path) -> "PretrainedConfig":

@@ -1,6 +1,6 @@
 """All measures of generated clips that this machine has weights for, and the reasons why others are absent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from opensora.metrics.clip_score import ClipScore
-from opensora.metrics.features import Extractor, load_i3d, load_image_encoder, load_randconv, load_videomae
+from opensora.metrics.features import (
+    Extractor,
+    load_i3d,
+    load_image_encoder,
+    load_inception,
+    load_randconv,
+    load_videomae,
+)
 from opensora.metrics.frechet import Statistics, frechet_distance
 from opensora.metrics.motion import dynamic_degree, flicker, flow_degree, motion_smoothness
 
@@ -59,7 +66,7 @@ class Suite:
         Args:
             videomae: folder of a VideoMAE.
             i3d: state dict of I3D.
-            inception: folder of an encoder of images, for an FID that is named after it.
+            inception: state dict of Inception-v3, or folder of another encoder of images, which names its FID.
             clip: folder of a CLIP.
             device: as torch names it; None: a GPU if there is one.
 
@@ -71,10 +78,10 @@ class Suite:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         extractors = [load_randconv()]
         absent: dict[str, str] = {}
-        given = {
+        given: dict[str, tuple[Path | None, Callable[[Path, str], Extractor], str]] = {
             "videomae": (videomae, load_videomae, "fvd_videomae"),
             "i3d": (i3d, load_i3d, "fvd_i3d"),
-            "inception": (inception, load_image_encoder, "fid"),
+            "inception": (inception, _load_frames, "fid"),
         }
         for field, (path, load, metric) in given.items():
             if path is not None:
@@ -124,6 +131,10 @@ class Suite:
     def statistics(self, name: str, features: np.ndarray, data: str = "") -> Statistics:
         """Statistics of features [M, P·D] by the extractor `name`, to be kept for real clips of hash `data`."""
         return _statistics(self.extractors[name], [features], data)
+
+
+def _load_frames(path: Path, device: str) -> Extractor:
+    return load_image_encoder(path, device) if path.is_dir() else load_inception(path, device)
 
 
 def _distance(extractor: Extractor, rows: Sequence[Mapping[str, Any]], reference: Reference | None) -> Distance:
