@@ -152,17 +152,32 @@ def _download(config: "Config", base: Path, output: Path) -> "Report":
 def _evaluate(config: "Config", base: Path, output: Path, root: Path) -> "Report":
     from opensora.config import TRAIN_STEPS
     from opensora.evaluate import run as evaluate
+    from opensora.evaluation.plan import Data
     from opensora.step import read_report
 
     finished = [name for name in chain_steps(config) if (base / name / "report.json").is_file()]
     reports = {name: read_report(base / name) for name in finished if name not in ("evaluate", "promote")}
     seconds = {name: report.seconds for name, report in reports.items()}
     peak = max((report.peak_memory_mib for report in reports.values()), default=0.0)
-    extra = {}
+    extra: dict[str, float] = {}
+    data: Data | None = Data(base / "caption", base / "split")
     truth = base / "demo_videos" / "truth.json"
     if truth.is_file() and not config.download.source:
         from opensora.demo.captioner import caption_exact_match
 
         extra["caption_exact_match"] = caption_exact_match(base / "caption", truth)
-    stages = {name: base / name for name in TRAIN_STEPS}
-    return evaluate(config, stages, output, root, extra=extra, seconds=seconds, peak_memory_mib=peak)
+        data = None  # the embedded world renders its real clips
+    return evaluate(
+        config,
+        {name: base / name for name in TRAIN_STEPS},
+        output,
+        root,
+        data=data,
+        weights={
+            name: optional_weights(config, getattr(config.evaluate, name))
+            for name in ("videomae", "i3d", "inception", "clip")
+        },
+        extra=extra,
+        seconds=seconds,
+        peak_memory_mib=peak,
+    )

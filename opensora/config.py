@@ -285,8 +285,13 @@ class EvaluateConfig(Section):
     )
     batch_size: Positive = Field(16, description="videos at once")
     fps: Positive = Field(8, description="frames a second of the samples")
-    processes: Positive = Field(1, description="processes that share the prompts")
+    processes: Positive = Field(
+        1, description="processes that share the prompts; each takes a GPU where there are some"
+    )
     seed: NonNegative = 0
+    reference_clips: NonNegative = Field(
+        256, description="clips of one's own that generated ones are compared with; 0: none"
+    )
     videomae: str = Field("", description="folder below weights_dir: VideoMAE, for fvd_videomae; empty: not measured")
     i3d: str = Field("", description="state dict below weights_dir: I3D, for fvd_i3d; empty: not measured")
     inception: str = Field(

@@ -21,6 +21,7 @@ ALLOWED = {
     | {"models", "diffusion", "parallel", "tracking", "launch", "clip_file", "plan", "gpus"}
     | {"data.buckets", "data.clip_dataset", "data.dataset", "data.loader"},
     "tracking": LEAVES,
+    "evaluation": LEAVES | {"data", "demo", "metrics", "generate", "tracking", "training.checkpoint", "clip_file"},
     "demo": LEAVES | {"data.shards", "data.video"},
 }
 ONLY_IN = {

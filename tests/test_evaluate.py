@@ -1,31 +1,55 @@
-"""The measures tell a perfect sampler from a wrong one, and evaluation leaves what others read."""
+"""The measures tell a perfect sampler from a wrong one, and the step leaves what the gate, DVC and people read."""
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from opensora.config import ConfigError, load_config
+from opensora.config import ConfigError, UserError, load_config
 from opensora.demo.shapes import Scene, all_scenes, render_clip
-from opensora.evaluate import describe_sample, evaluation_prompts, follows, measure, run
-from opensora.step import StepError
+from opensora.evaluate import run
+from opensora.evaluation.champion import find_champion, read_kept
+from opensora.evaluation.prompts import describe_seeds, evaluation_prompts
+from opensora.evaluation.reference import Shape, rendered_reference
+from opensora.evaluation.sampling import Row, describe_sample
+from opensora.evaluation.scores import follows, measure, prompt_scores
+from opensora.metrics.suite import Suite
+from opensora.step import Report
+from opensora.tracking.registry import register
+from opensora.tracking.store import connect
+from opensora.training.checkpoint import read_info
 from tests.conftest import ROOT
 
 PROMPTS = [scene.caption for scene in all_scenes()]
+SUITE = Suite.load(device="cpu")
 
 
-def rows(shown: Callable[[Scene], Scene], frames: int = 8) -> list[dict]:
+def rows(shown: Callable[[Scene], Scene], frames: int = 8) -> list[Row]:
     """What a sampler that shows `shown(scene)` for each prompt gets."""
     rng = np.random.default_rng(3)
-    return [describe_sample(scene.caption, render_clip(shown(scene), frames, 32, rng)) for scene in all_scenes()]
+    return [describe_sample(SUITE, scene.caption, render_clip(shown(scene), frames, 32, rng)) for scene in all_scenes()]
 
 
 @pytest.fixture(scope="module")
-def perfect() -> dict[str, float]:
-    return measure(PROMPTS, rows(lambda scene: scene))
+def real() -> dict[str, np.ndarray]:
+    """Features of rendered clips."""
+    reference = rendered_reference(PROMPTS, Shape(8, 32, 32, 1), {})
+    return {
+        "randconv": np.array(
+            [SUITE.reference(clip.read(None, reference.shape))["randconv"] for clip in reference.clips]
+        )
+    }
+
+
+@pytest.fixture(scope="module")
+def perfect(real: dict[str, np.ndarray]) -> dict[str, float]:
+    return measure(SUITE, PROMPTS, rows(lambda scene: scene), real)
 
 
 def test_a_perfect_sampler_is_perfect(perfect: dict[str, float]) -> None:
@@ -42,13 +66,13 @@ def test_a_perfect_sampler_is_perfect(perfect: dict[str, float]) -> None:
 
 def test_one_wrong_part_is_seen_alone(perfect: dict[str, float]) -> None:
     back = {"left": "right", "right": "left", "up": "down", "down": "up"}
-    wrong = measure(PROMPTS, rows(lambda scene: Scene(scene.colour, scene.shape, back[scene.direction])))
+    wrong = measure(SUITE, PROMPTS, rows(lambda scene: Scene(scene.colour, scene.shape, back[scene.direction])), None)
     assert wrong["direction"] == wrong["prompt_following_seen"] == wrong["prompt_following_held_out"] == 0
     assert wrong["colour"] == wrong["shape"] == 1
 
 
-def test_one_answer_for_all_prompts_scores_as_chance(perfect: dict[str, float]) -> None:
-    same = measure(PROMPTS, rows(lambda scene: all_scenes()[0]))
+def test_one_answer_for_all_prompts_scores_as_chance(perfect: dict[str, float], real: dict[str, np.ndarray]) -> None:
+    same = measure(SUITE, PROMPTS, rows(lambda scene: all_scenes()[0]), real)
     assert (same["colour"], same["shape"], same["direction"]) == (1 / 4, 1 / 3, 1 / 4)
     assert same["prompt_following"] == 1 / 48
     assert same["fd_randconv"] > 3 * perfect["fd_randconv"]
@@ -56,52 +80,208 @@ def test_one_answer_for_all_prompts_scores_as_chance(perfect: dict[str, float]) 
 
 def test_noise_shows_nothing() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
-    verdict = follows(PROMPTS[0], describe_sample(PROMPTS[0], noise))
+    verdict = follows(PROMPTS[0], describe_sample(SUITE, PROMPTS[0], noise))
     assert verdict is not None
-    assert not verdict["prompt"]
+    assert not verdict["prompt_following"]
 
 
 def test_a_picture_has_no_direction() -> None:
-    scores = measure(PROMPTS, rows(lambda scene: scene, frames=1))
+    scores = measure(SUITE, PROMPTS, rows(lambda scene: scene, frames=1), None)
     assert "direction" not in scores
     assert scores["prompt_following_seen"] == 1
 
 
 def test_other_prompts_are_measured_without_the_detector() -> None:
     frames = np.zeros((4, 32, 32, 3), np.uint8)
-    scores = measure(["a lighthouse"], [describe_sample("a lighthouse", frames)])
-    assert set(scores) == {"flicker", "dynamic_degree", "motion_smoothness"}
+    row = describe_sample(SUITE, "a lighthouse", frames)
+    names = {"flicker", "dynamic_degree", "motion_smoothness", "flow_degree"}
+    assert set(measure(SUITE, ["a lighthouse"], [row], None)) == names == set(prompt_scores(["a lighthouse"], [row])[0])
 
 
-def test_the_step_leaves_metrics_gallery_and_samples(checkpoint: Path, tmp_path: Path) -> None:
-    base = tmp_path / "smoke"
+TINY = ("evaluate.batch_size=1", "evaluate.prompts=[a red circle moving up, a dog, a blue square moving left, a cat]")
+ARGUMENTS = {"extra": {"caption_exact_match": 0.5}, "seconds": {"split": 2.0}, "peak_memory_mib": 7.0}
+
+
+def evaluate(base: Path) -> Report:
+    """The step on the stage below `base`, which lies in the root of all results."""
+    config = load_config(ROOT / "params.yaml", "smoke", TINY)
+    return run(config, {"train_video": base / "train_video"}, base / "evaluate", base.parent, **ARGUMENTS)
+
+
+def results(base: Path, *without: str) -> dict:
+    """metrics.json and scores.json together."""
+    both = [json.loads((base / "evaluate" / name).read_text()) for name in ("metrics.json", "scores.json")]
+    return {name: value for part in both for name, value in part.items() if name not in without}
+
+
+@pytest.fixture(scope="module")
+def first(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a profile with a stage, evaluated while there was no champion."""
+    base = tmp_path_factory.mktemp("first") / "smoke"
     shutil.copytree(checkpoint.parents[2], base)
-    config = load_config(ROOT / "params.yaml", "smoke")
-    stages = {"train_video": base / "train_video"}
-    arguments = {"extra": {"caption_exact_match": 0.5}, "seconds": {"split": 2.0}, "peak_memory_mib": 7.0}
-    report = run(config, stages, base / "evaluate", tmp_path, **arguments)
-    metrics = json.loads((base / "evaluate" / "metrics.json").read_text())
+    evaluate(base)
+    return base
+
+
+def test_the_step_leaves_metrics_scores_gallery_and_samples(first: Path) -> None:
+    metrics, folder = json.loads((first / "evaluate" / "metrics.json").read_text()), first / "evaluate"
     assert metrics["caption_exact_match"] == 0.5
     assert metrics["seconds"] == {"split": 2.0}
-    assert metrics["fd_extractor"] == "randconv"
+    assert (metrics["metrics_version"], metrics["fd_extractor"], metrics["samples_per_stage"]) == (1, "randconv", 4)
+    assert (metrics["seeds"], metrics["reference_clips"]) == ("1000-1003", 48)
     assert 0 <= metrics["prompt_following_seen"] <= 1
-    assert "data:video/mp4" in (base / "evaluate" / "gallery.html").read_text()
-    assert len(list((base / "evaluate" / "samples" / "train_video").glob("*.mp4"))) == 2
-    assert (base / "evaluate" / "frames.png").is_file()
-    assert run(config, stages, base / "evaluate", tmp_path, **arguments) == report  # a repeat does nothing
+    (newest,) = (first / "train_video" / "checkpoints").glob("step-*")
+    assert metrics["checkpoint_sha256"] == read_info(newest)["sha256"]
+    assert metrics["absent"]["fvd_videomae"] == "evaluate.videomae is not set"
+    scores = json.loads((folder / "scores.json").read_text())
+    of_stage = scores["stages"]["train_video"]
+    assert (len(of_stage), scores["seeds"], scores["prompts"][1]) == (4, [1000, 1001, 1002, 1003], "a dog")
+    assert np.mean([row["flicker"] for row in of_stage]) == pytest.approx(metrics["train_video_flicker"])
+    assert ["prompt_following" in row for row in of_stage] == [True, False, True, False]
+    assert len(list((folder / "samples" / "train_video").glob("*.mp4"))) == 4
+    for name in ("frames.png", "gallery.html", "plots/scores.csv"):
+        assert (folder / name).is_file()
+    assert not (folder / "champion.json").exists()
+    assert evaluate(first) == Report(**json.loads((folder / "report.json").read_text()))  # a repeat does nothing
 
+
+def test_a_stage_without_a_usable_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    base = tmp_path / "smoke"
+    shutil.copytree(checkpoint.parents[2], base)
     (base / "train_video" / "checkpoints" / checkpoint.name / "model.safetensors").write_bytes(b"")
-    with pytest.raises(StepError.__base__, match="no usable checkpoint"):
-        run(config, stages, base / "evaluate", tmp_path, **arguments)
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        evaluate(base)
+
+
+def test_a_killed_run_ends_as_one_never_stopped(checkpoint: Path, first: Path, tmp_path: Path) -> None:
+    base = tmp_path / "smoke"
+    shutil.copytree(checkpoint.parents[2], base)
+    shutil.copy(first.parent / "mlflow.db", tmp_path)  # a kill while MLflow makes its tables is not the matter here
+    command = f"from tests.test_evaluate import *; evaluate(Path({str(base)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", f"{command} if __name__ == '__main__' else None"], cwd=ROOT)
+    parts = base / ".partial" / "evaluate" / "parts"
+    try:
+        limit = time.monotonic() + 120
+        while not list(parts.glob("train_video-*.json")):
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait(60)
+    made = {path: path.stat().st_mtime_ns for path in parts.glob("train_video-*.json")}
+    assert made
+    assert not (base / "evaluate").exists()
+    evaluate(base)
+    assert results(base) == results(first)
+    for clip in (first / "evaluate" / "samples").rglob("*.mp4"):
+        assert (base / clip.relative_to(first)).read_bytes() == clip.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def second(first: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile whose candidate differs from the champion, which is `first`; it has no evaluation of its own."""
+    import torch
+    from safetensors.torch import load_file
+
+    from opensora.training.checkpoint import save_checkpoint
+
+    base = tmp_path_factory.mktemp("second") / "smoke"
+    shutil.copytree(checkpoint.parents[2], base)
+    place = base / "train_video" / "checkpoints"
+    model, ema = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema"))
+    torch.manual_seed(1)
+    for state in (model, ema):
+        state["final_layer.linear.weight"] += 0.05 * torch.randn_like(state["final_layer.linear.weight"])
+    info = read_info(checkpoint)
+    kept = {name: info[name] for name in ("config", "stage", "vae", "text_encoder", "vae_scale")}
+    save_checkpoint(place, step=2, model=model, ema=ema, optimizer={}, rng={}, info=kept)
+    shutil.copy(first.parent / "mlflow.db", base.parent)
+    _promote(base.parent, first / "train_video" / "checkpoints" / checkpoint.name)
+    evaluate(base)
+    return base
+
+
+def _promote(root: Path, folder: Path) -> None:
+    tags = {"checkpoint.uri": str(folder), "checkpoint.sha256": read_info(folder)["sha256"]}
+    version = register(root, "opensora-smoke", folder, tags)
+    connect(root).set_registered_model_alias("opensora-smoke", "champion", version)
+
+
+def test_a_champion_without_an_evaluation_generates_the_same_prompts(first: Path, second: Path) -> None:
+    champion = json.loads((second / "evaluate" / "champion.json").read_text())
+    own, candidate = results(first), results(second)
+    assert champion["scores"] == own["stages"]["train_video"] != candidate["stages"]["train_video"]
+    assert champion["metrics"]["train_video_flicker"] == own["train_video_flicker"]
+    assert champion["metrics"]["prompt_following_seen"] == own["prompt_following_seen"]
+    assert champion["metrics"]["evaluation_sha256"] == own["evaluation_sha256"] == candidate["evaluation_sha256"]
+    assert candidate["champion_sha256"] == champion["sha256"]
+    page = (second / "evaluate" / "gallery.html").read_text()
+    assert page.count("<figcaption>champion version 1</figcaption>") == 4
+
+
+def test_a_champions_own_evaluation_is_taken_if_it_was_made_alike(first: Path, second: Path, tmp_path: Path) -> None:
+    found, own = results(first), tmp_path / "evaluation"
+    shutil.copytree(first / "evaluate", own)
+    kept = read_kept(own, "train_video", 32, found["evaluation_sha256"], tmp_path / "work")
+    assert kept is not None
+    generated = json.loads((second / "evaluate" / "champion.json").read_text())
+    assert kept.scores == generated["scores"]
+    assert kept.metrics["flicker"] == generated["metrics"]["train_video_flicker"]
+    clip = Path("samples", "champion", "003.mp4")
+    assert kept.files[3] == str(clip)
+    assert (tmp_path / "work" / clip).read_bytes() == (second / "evaluate" / clip).read_bytes()
+
+    assert read_kept(own, "train_video", 32, "other prompts", tmp_path / "other") is None
+    for spoil in (
+        lambda: (own / "samples" / "train_video" / "003.mp4").unlink(),
+        lambda: (own / "scores.json").write_text("{"),
+        lambda: (own / "metrics.json").write_text("{}"),
+    ):
+        spoil()
+        assert read_kept(own, "train_video", 32, found["evaluation_sha256"], tmp_path / "work") is None
+
+
+def test_a_champion_that_cannot_be_loaded_is_said(
+    second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_champion(tmp_path / "empty", "opensora-smoke") is None
+    shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
+    moved = tmp_path / "moved"
+    shutil.copytree(next((second / "train_video" / "checkpoints").glob("step-*")), moved)
+    _promote(tmp_path, moved)
+    (moved / "ema.safetensors").write_bytes(b"")
+    found = find_champion(tmp_path, "opensora-smoke")
+    assert found is not None
+    assert (found.version, found.checkpoint) == ("2", None)
+    assert "ema.safetensors" in found.unavailable
+    shutil.rmtree(moved)
+    found = find_champion(tmp_path, "opensora-smoke")
+    assert found is not None
+    assert "holds no checkpoint any more" in found.unavailable
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    found = find_champion(tmp_path, "opensora-smoke")
+    assert found is not None
+    assert "cannot be asked" in found.unavailable
+
+
+def test_a_candidate_that_became_champion_is_not_evaluated_again(second: Path, tmp_path: Path) -> None:
+    shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
+    base = tmp_path / "smoke"
+    before = (base / "evaluate" / "report.json").stat().st_mtime_ns
+    _promote(tmp_path, next((base / "train_video" / "checkpoints").glob("step-*2")))
+    evaluate(base)
+    assert (base / "evaluate" / "report.json").stat().st_mtime_ns == before
 
 
 def test_prompts_come_from_the_configuration_and_its_file(tmp_path: Path) -> None:
     config = load_config(ROOT / "params.yaml", "smoke").evaluate
     (tmp_path / "scenes.txt").write_text("# two\na river\t5\na field\n")
     both = config.model_copy(update={"prompts": ("a cat",), "prompts_file": str(tmp_path / "scenes.txt")})
-    assert evaluation_prompts(both) == ["a cat", "a river", "a field"]
+    assert evaluation_prompts(both) == [("a cat", 1000), ("a river", 5), ("a field", 1002)]
     assert len(evaluation_prompts(config.model_copy(update={"prompts": ()}))) == 48
     with pytest.raises(ConfigError, match=r"no prompts file at none\.txt"):
         evaluation_prompts(config.model_copy(update={"prompts_file": "none.txt"}))
     released = load_config(ROOT / "params.yaml", "h800").evaluate
     assert (ROOT / released.prompts_file).is_file()
+    assert (describe_seeds([3, 4, 5]), describe_seeds([3, 5]), describe_seeds([3])) == ("3-5", "3, 5", "3")

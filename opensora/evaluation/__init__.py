@@ -1,0 +1,1 @@
+"""The parts of the step `evaluate`: samples, reference statistics, scores, the champion, plots."""

@@ -1,0 +1,94 @@
+"""The registry's champion beside the candidate: the same prompts and seeds, from its kept evaluation or made anew."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from opensora.config import UserError
+from opensora.data.reuse import link_file
+from opensora.evaluation.plan import Plan
+from opensora.evaluation.scores import Measured
+from opensora.tracking.registry import champion, model_version_path
+from opensora.tracking.store import tracking_uri
+from opensora.training.checkpoint import Checkpoint, describe_checkpoint
+
+NAME = "champion"  # in the place of a stage's name
+SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version that users get now.
+
+    Attributes:
+        checkpoint: None if it cannot be loaded.
+        kept: folder of its own evaluation, made when it was promoted.
+        measured: None while it has still to generate.
+        identity: of its evaluation; see `Plan.identity`.
+        unavailable: why there is nothing to compare with.
+    """
+
+    version: str = ""
+    sha256: str = ""
+    checkpoint: Checkpoint | None = None
+    kept: Path | None = None
+    measured: Measured | None = None
+    identity: str = ""
+    unavailable: str = ""
+
+
+def find_champion(root: Path, model: str) -> Champion | None:
+    """The model's champion, or None if it has none yet. What is wrong with it is said in `unavailable`."""
+    store = tracking_uri(root)
+    if store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists():
+        return None  # asking would make the file, which takes seconds
+    try:
+        found = champion(root, model)
+    except Exception as error:  # a server that is down must not cost an evaluation of hours
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return Champion(unavailable=f"the registry at {store} cannot be asked: {reason}")
+    if found is None:
+        return None
+    version, sha256 = str(found.version), found.tags.get("checkpoint.sha256", "")
+    try:
+        checkpoint = describe_checkpoint(model_version_path(f"models:/{model}/{version}", root))
+    except UserError as error:
+        return Champion(version, sha256, unavailable=str(error))
+    kept = found.tags.get("evaluation.uri")
+    return Champion(version, sha256, checkpoint, Path(kept) if kept else None)
+
+
+def read_kept(folder: Path, stage: str, height: int, identity: str, work: Path) -> Measured | None:
+    """What an earlier evaluation found, if it was made as this one is; its clips are linked to `samples/champion/`.
+
+    Args:
+        folder: holds metrics.json, scores.json and samples/.
+        stage: of the checkpoint; the names of its metrics begin with it.
+        height: of the clips, pixels.
+        identity: see `Plan.identity`.
+        work: where this evaluation works.
+    """
+    samples = work / "samples" / NAME
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        scores = json.loads((folder / "scores.json").read_text())["stages"][stage]
+        if metrics["evaluation_sha256"] != identity:
+            return None
+        samples.mkdir(parents=True, exist_ok=True)
+        files = []
+        for number in range(len(scores)):
+            (clip,) = (folder / "samples" / stage).glob(f"{number:03d}.*")
+            link_file(clip, samples / clip.name)
+            files.append(f"samples/{NAME}/{clip.name}")
+        own = {name.removeprefix(f"{stage}_"): value for name, value in metrics.items() if name.startswith(f"{stage}_")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # damaged, or of another version: made anew
+    return Measured(files, scores, own, height)
+
+
+def kept_measures(found: Champion, plan: Plan, work: Path) -> Measured | None:
+    """The champion's own evaluation, if it has one that was made as `plan` says."""
+    if found.kept is None or found.checkpoint is None:
+        return None
+    reference = plan.reference(found.checkpoint)
+    return read_kept(found.kept, found.checkpoint.stage, reference.shape.height, plan.identity(reference), work)
