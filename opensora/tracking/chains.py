@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.step import write_json
-from opensora.tracking.spool import alone
+from opensora.tracking.spool import LOCK, alone
 
 CURRENT = "current.json"
 MARK = "tracking.json"  # in a step's folder: the run that made it
@@ -27,7 +27,7 @@ def join_chain(base: Path, step: str, folder: Path) -> tuple[Path, bool]:
         folder: where the step works.
     """
     base.mkdir(parents=True, exist_ok=True)
-    with alone(base / "lock"):
+    with alone(base / LOCK):
         state = _read(base)
         newest = state["steps"].get(step)
         goes_on = newest is not None and newest["status"] == "open" and _marked(folder) == (newest["chain"], step)
@@ -35,7 +35,7 @@ def join_chain(base: Path, step: str, folder: Path) -> tuple[Path, bool]:
             chain = newest["chain"]
         else:
             if not state["chain"] or (newest and newest["chain"] == state["chain"]):
-                state["chain"] = uuid.uuid4().hex[:12]
+                state["chain"] = new_chain()
             chain = state["chain"]
         state["steps"][step] = {"chain": chain, "status": "open"}
         write_json(base / CURRENT, state)
@@ -45,10 +45,15 @@ def join_chain(base: Path, step: str, folder: Path) -> tuple[Path, bool]:
     return place, goes_on
 
 
+def new_chain() -> str:
+    """A name for a parent run and its folder."""
+    return uuid.uuid4().hex[:12]
+
+
 def finish_step(place: Path) -> None:
     """Remember that the run of that spool is done."""
     base, chain, step = place.parent.parent, place.parent.name, place.name
-    with alone(base / "lock"):
+    with alone(base / LOCK):
         state = _read(base)
         if state["steps"].get(step, {}).get("chain") == chain:  # else somebody has begun it anew
             state["steps"][step]["status"] = "finished"
@@ -60,7 +65,7 @@ def _read(base: Path) -> dict[str, Any]:
         state = json.loads((base / CURRENT).read_text())
         steps = {name: {"chain": item["chain"], "status": item["status"]} for name, item in state["steps"].items()}
         return {"chain": state["chain"], "steps": steps}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or of another version
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or of another version
         return {"chain": "", "steps": {}}
 
 

@@ -226,5 +226,6 @@ if __name__ == "__main__":
     with suppress(OSError):
         os.nice(NICE)
     reason = serve(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(reason)  # for whoever waits for this process
-    sys.exit(1 if reason else 0)
+    with suppress(BrokenPipeError):  # nobody waits for it any more
+        os.write(sys.stdout.fileno(), reason.encode())
+    os._exit(1 if reason else 0)

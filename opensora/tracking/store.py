@@ -124,8 +124,8 @@ def _status(error: Exception, text: str) -> int:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code
-    found = re.search(r"failed with error code (\d{3})", text)
-    return int(found[1]) if found else 0
+    found = re.search(r"failed with error code (\d{3})|too many (\d{3}) error", text)
+    return int(found[1] or found[2]) if found else 0
 
 
 def _explain(root: Path, error: Exception, status: int, text: str) -> str:
@@ -134,7 +134,7 @@ def _explain(root: Path, error: Exception, status: int, text: str) -> str:
     from requests import Timeout
 
     store, cause = store_name(root), error.__cause__ or error.__context__ or error
-    if isinstance(cause, Timeout):
+    if isinstance(cause, Timeout) or "timed out" in text:
         wait = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
         return f"{store} does not answer within {wait} s (MLFLOW_HTTP_REQUEST_TIMEOUT); look at the server's load"
     if isinstance(cause, Unreachable):

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from opensora.step import final_place
-from opensora.tracking.chains import finish_step, join_chain
+from opensora.tracking.chains import finish_step, join_chain, new_chain
 from opensora.tracking.drain import look, replay
 from opensora.tracking.lineage import data_digest, flatten, lineage
 from opensora.tracking.redact import redact, redact_values
@@ -61,8 +61,8 @@ class Tracker:
         try:
             place, _ = join_chain(base, step, folder)
         except OSError as error:  # training says itself when it cannot write
-            log.warning("tracking: %s: %s; this run is not recorded", base, error.strerror)
-            place = base / "unrecorded" / step
+            log.warning("tracking: %s: %s; records wait in memory, training goes on", base, error.strerror)
+            place = base / new_chain() / step
         tracker = cls(root, place, folder)
         tracker._put(
             {

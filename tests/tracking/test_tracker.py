@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opensora.tracking import tracker as tracker_module
-from opensora.tracking.lineage import flatten
 from opensora.tracking.store import connect
 from opensora.tracking.tracker import Tracker, replay
 from tests.conftest import ROOT
@@ -22,6 +20,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def default_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the process that sends
 
 
 def track(root: Path, step: str, profile: str = "smoke") -> Tracker:
@@ -81,11 +80,8 @@ def test_an_error_marks_the_run_as_failed(root: Path) -> None:
 def test_a_dead_store_stops_nothing_and_loses_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: Path) -> None:
-        raise ConnectionError("no server")
-
     with monkeypatch.context() as patch:
-        patch.setattr(tracker_module, "connect", refuse)
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody answers there
         with track(root, "promote", "smoke") as tracker:
             for step in range(50):
                 tracker.log_metrics({"loss": float(step)}, step)
@@ -125,9 +121,7 @@ def test_two_threads_may_be_the_first_to_use_mlflow(tmp_path: Path) -> None:
         "for thread in threads: thread.join()\n"
         "sys.exit(str(failed) if failed else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-
-
-def test_flatten() -> None:
-    assert flatten({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": "1", "a.c": "[2]", "d": "None"}
