@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_MODEL_CATALOG_URI": "",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
@@ -152,4 +153,5 @@ def _explain(root: Path, error: Exception, status: int, text: str) -> str:
             )
         case 404:
             return f"{store} is no MLflow server (404); set MLFLOW_TRACKING_URI to one"
-    return f"{store} fails (HTTP {status}); look at its log: {text[:200]}"
+    said = "" if "API request to" in text else f": {text[:200]}"  # else it is the address again
+    return f"{store} fails (HTTP {status}); look at its log{said}"

@@ -58,7 +58,11 @@ def answering(status: int) -> Iterator[str]:
 def hanging() -> Iterator[str]:
     """A server that accepts and never answers."""
     released = threading.Event()
-    with serve(lambda handler, body: released.wait(LIMIT_S) and None) as address:
+
+    def wait(handler: _Handler, body: bytes) -> None:
+        released.wait(LIMIT_S)
+
+    with serve(wait) as address:
         try:
             yield address
         finally:
