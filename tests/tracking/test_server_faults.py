@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,33 @@ def test_a_store_that_lost_the_run_gets_all_of_it_again(
     (child,) = of_chain(server, place)["train_image"]
     history = MlflowClient(server.uri).get_metric_history(child.info.run_id, "loss")
     assert [point.value for point in history] == [1.0, 2.0]
+
+
+def test_two_pods_that_send_at_once_share_a_parent_which_runs_until_both_end(
+    server: MlflowServer, use: Callable[[str], None], tmp_path: Path
+) -> None:
+    use(server.uri)
+    trackers = {step: record(tmp_path, step)[0] for step in ("evaluate", "train_highres")}
+    place = trackers["evaluate"].place
+
+    def send_all() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            drains = [Drain(tmp_path, tracker.place, lambda text: None) for tracker in trackers.values()]
+            for done in [pool.submit(drain.run) for drain in drains]:
+                done.result(LIMIT_S)
+
+    send_all()
+    trackers["evaluate"].close("FAILED")
+    send_all()
+    runs = of_chain(server, place)
+    assert {step: [run.info.status for run in found] for step, found in runs.items()} == {
+        "": ["RUNNING"],
+        "evaluate": ["FAILED"],
+        "train_highres": ["RUNNING"],
+    }
+    trackers["train_highres"].close()
+    send_all()
+    assert [run.info.status for run in of_chain(server, place)[""]] == ["FAILED"]
 
 
 def test_replay_sends_what_a_killed_run_left(server: MlflowServer, use: Callable[[str], None], tmp_path: Path) -> None:
