@@ -40,7 +40,7 @@ class SpoolWriter:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write the record; an error of the disk is said once and raises nothing."""
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(record).encode() + b"\n"
         with self._lock:
             self._waiting.append(line)
             try:
