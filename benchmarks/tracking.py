@@ -7,12 +7,16 @@ Wall time and CPU time of the call alone, on the thread that trains. For compari
 which waits for the server's answer.
 """
 
+import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.measure import save
@@ -43,12 +47,32 @@ def at(address: str) -> Iterator[str]:
     yield address
 
 
-STATES = {
+@contextmanager
+def apart(server: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+    """A server in a process of its own: its threads would take turns with the one that is measured."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_hold, args=(server, there), daemon=True)
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def _hold(server: Callable[[], AbstractContextManager[str]], there: Connection) -> None:
+    with server() as address:
+        there.send(address)
+        signal.pause()
+
+
+STATES: dict[str, Callable[[], AbstractContextManager[str]]] = {
     "no server (a file)": lambda: at(""),
     "up": healthy,
     "down": lambda: at("http://127.0.0.1:9"),
-    "hangs": hanging,
-    "answers 503": lambda: answering(503),
+    "hangs": lambda: apart(hanging),
+    "answers 503": lambda: apart(partial(answering, 503)),
 }
 
 
@@ -96,6 +120,7 @@ def by_client(address: str) -> float:
 def main() -> None:
     """Measure and save."""
     values: dict[str, object] = {"command": "python -m benchmarks.tracking", "steps": STEPS, "metrics_a_step": 12}
+    values |= {"niceness": os.nice(0), "load_average": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
     states: dict[str, object] = {}
     for name, state in STATES.items():
         with state() as address, tempfile.TemporaryDirectory() as folder:
