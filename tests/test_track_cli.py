@@ -8,7 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from opensora.track_cli import track
-from opensora.tracking.spool import SpoolReader, SpoolWriter
+from opensora.tracking.drain import replay
+from opensora.tracking.spool import SpoolReader, SpoolWriter, find_spools
+from opensora.tracking.store import StoreAway
 from tests.conftest import ROOT
 
 AWAY = "http://user:hunter2@127.0.0.1:9"
@@ -46,3 +48,13 @@ def test_replay_without_a_server_is_one_clear_line(runs: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: http://***@127.0.0.1:9 cannot be reached")
     assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_the_end_of_a_run_leaves_alone_what_another_store_has(runs: Path) -> None:
+    (place,) = find_spools(runs)
+    reader = SpoolReader(place, "sqlite:///elsewhere")
+    *_, (_, end) = reader.lines()
+    reader.mark(end)
+    assert replay(runs, nowhere=True) == 0
+    with pytest.raises(StoreAway):  # who asks for it gets it, and there is no server
+        replay(runs)

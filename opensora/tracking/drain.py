@@ -20,6 +20,7 @@ from opensora.tracking.sender import Record, Sender
 from opensora.tracking.spool import (
     LOCK,
     REJECTED,
+    SPOOL,
     SpoolReader,
     SpoolWriter,
     count_records,
@@ -144,7 +145,7 @@ def serve(root: Path, place: Path) -> str:
                 held.close()
             if not trouble:
                 with suppress(UserError, OSError):
-                    replay(root)
+                    replay(root, nowhere=True)
             return trouble
 
 
@@ -179,20 +180,23 @@ def look(root: Path, place: Path) -> SpoolState:
     return SpoolState(place, count_records(place), count_records(place, sent), len(read_rejected(place)), held is None)
 
 
-def replay(root: Path, tell: Callable[[SpoolState, int], None] = lambda state, sent: None) -> int:
+def replay(
+    root: Path, tell: Callable[[SpoolState, int], None] = lambda state, sent: None, nowhere: bool = False
+) -> int:
     """Send what spools that no process uses any more still hold; returns how many there were.
 
     Every run does so at its end, for the runs before it that had no server to send to.
 
     Args:
         tell: called after each with its state and the number of records that were sent.
+        nowhere: leave alone what another store has: only who asks for it wants all older runs on a new server.
 
     Raises:
         StoreAway: the store takes no more now.
     """
     count = 0
     for place in find_spools(root):
-        if not _has_more(root, place):
+        if not _has_more(root, place) or (nowhere and _is_somewhere(place)):
             continue
         before = count_records(place, read_marks(place).get(store_name(root), 0))
         held = lock_file(place / LOCK)
@@ -218,6 +222,10 @@ def retry_rejected(root: Path) -> int:
             (place / REJECTED).unlink()
         count += len(records)
     return count
+
+
+def _is_somewhere(place: Path) -> bool:
+    return max(read_marks(place).values(), default=0) >= (place / SPOOL).stat().st_size
 
 
 def _has_more(root: Path, place: Path) -> bool:
