@@ -13,6 +13,7 @@ from opensora.chain import ALL_STEPS, SUMMARIES
 from opensora.cli_options import PARAMS, RUNS, Params, Profile, Workdir
 from opensora.data_cli import data
 from opensora.plan_cli import plan
+from opensora.track_cli import track
 
 # Nothing here calls home; the libraries behind the steps read these when they are imported.
 QUIET = {
@@ -36,6 +37,7 @@ app = typer.Typer(
 weights = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at released weights, and import them.")
 app.add_typer(weights, name="weights")
 app.add_typer(data, name="data")
+app.add_typer(track, name="track")
 app.command()(plan)
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a value, as in --set train_video.lr=2e-5.")]

@@ -163,6 +163,8 @@ def _mlflow(root: Path) -> Iterator[Finding]:
         return
     import requests
 
+    from opensora.tracking.redact import redact
+
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     login = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
     address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
@@ -170,13 +172,13 @@ def _mlflow(root: Path) -> Iterator[Finding]:
         answer = requests.post(address, json={"max_results": 1}, auth=login, timeout=TIMEOUT_S)
     except requests.RequestException as error:
         advice = "start the server or unset MLFLOW_TRACKING_URI; training goes on without it and sends its points later"
-        yield Finding("MLflow", "failure", f"{uri}: {type(error).__name__}", advice)
+        yield Finding("MLflow", "failure", f"{redact(uri)}: {type(error).__name__}", advice)
         return
     advice = {
         401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         403: "add this name of the server to its --allowed-hosts, or this user to its permissions",
     }.get(answer.status_code, "look at the server's log")
-    yield Finding("MLflow", "ok" if answer.ok else "failure", f"{uri}: HTTP {answer.status_code}", advice)
+    yield Finding("MLflow", "ok" if answer.ok else "failure", f"{redact(uri)}: HTTP {answer.status_code}", advice)
 
 
 def examine_cluster(namespace: str, queue: str, kfp_host: str, api_client: Any = None) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opensora.config import TRAIN_STEPS, Config
 from opensora.step import StepError
-from opensora.tracking.store import tracking_uri
+from opensora.tracking.store import store_name
 
 PROMPT = "a red circle moving left"  # of the embedded world
 
@@ -44,7 +44,7 @@ def describe(config: Config, root: Path) -> str:
     prompt = (list(config.evaluate.prompts) or [PROMPT])[0]
     generate = f"generate --checkpoint {base / TRAIN_STEPS[-1]} --prompt {shlex.quote(prompt)}"
     lines.append(f"generate       {_command('opensora')} {generate}")
-    store = tracking_uri(root)
+    store = store_name(root)
     page = f"{_command('mlflow')} ui --host 127.0.0.1 --backend-store-uri {store}"
     lines.append(f"runs           {page if store.startswith('sqlite:') else store}")
     return "\n".join(lines)

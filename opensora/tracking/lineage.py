@@ -1,20 +1,66 @@
-"""What a run is made of: code, data, parameters."""
+"""What a run is made of: code, image, data, parameters."""
 
+import json
 import os
 import subprocess
 from hashlib import md5
 from pathlib import Path
 from typing import Any
 
-DATA_REVISION = "OPENSORA_DATA_REVISION"  # environment: of a pipeline on a cluster
+from opensora.step import FINGERPRINT
+
+# Environment of a pipeline on a cluster, which has neither git nor dvc.lock:
+DATA_REVISION = "OPENSORA_DATA_REVISION"
+CODE_REVISION = "OPENSORA_REVISION"  # git commit, which images carry
+IMAGE = "OPENSORA_IMAGE"  # name of the image, with its digest where it was started by that
+DIGEST_LENGTH = 36  # that the store takes
 
 
 def lineage() -> dict[str, str]:
-    """Tags that say which code and data made a run: git commit and state, dvc.lock's md5 and those of its outs.
+    """Tags that say which code, image and data made a run.
 
-    A pipeline on a cluster has neither git nor dvc.lock; it names the data's revision in the environment.
+    git commit and whether files differ from it; dvc.lock's md5 and those of its outs; image and data revision as the
+    environment names them.
     """
     tags = {"data_revision": revision} if (revision := os.environ.get(DATA_REVISION)) else {}
+    tags |= _image() | _code()
+    lock = Path("dvc.lock")
+    if lock.is_file():
+        tags["dvc_lock_md5"] = md5(lock.read_bytes()).hexdigest()
+        tags |= {f"dvc.{path}.md5": value for path, value in _versioned(lock).items()}
+    return tags
+
+
+def data_digest(folder: Path) -> str:
+    """The revision of a step's results, of at most 36 characters.
+
+    Of dvc.lock if that holds the folder, else as the pipeline names it, else the fingerprint of what made it.
+    """
+    lock = Path("dvc.lock")
+    if lock.is_file():
+        for path, value in _versioned(lock).items():
+            if Path(path).resolve() == folder.resolve():
+                return value[:DIGEST_LENGTH]
+    revision = os.environ.get(DATA_REVISION)
+    if revision:
+        return revision[:DIGEST_LENGTH]
+    try:
+        return str(json.loads((folder / FINGERPRINT).read_text()))[:DIGEST_LENGTH]
+    except (OSError, ValueError):
+        return "unknown"
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"a": {"b": 1}} -> {"a.b": "1"}, as MLflow's params want it."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return flat
+
+
+def _code() -> dict[str, str]:
+    tags = {}
     try:
         for name, command in {
             "git_commit": "rev-parse HEAD",
@@ -25,21 +71,19 @@ def lineage() -> dict[str, str]:
             ).stdout
             tags[name] = out.strip() if name == "git_commit" else str(bool(out.strip())).lower()
     except (OSError, subprocess.SubprocessError):
-        tags["git_commit"] = "unknown"
-    lock = Path("dvc.lock")
-    if lock.is_file():
-        import yaml
-
-        tags["dvc_lock_md5"] = md5(lock.read_bytes()).hexdigest()
-        for stage in (yaml.safe_load(lock.read_text()) or {}).get("stages", {}).values():
-            tags |= {f"dvc.{out['path']}.md5": out["md5"] for out in stage.get("outs", []) if "md5" in out}
-    return tags
+        tags = {"git_commit": os.environ.get(CODE_REVISION) or "unknown"}
+    return tags | {"mlflow.source.git.commit": tags["git_commit"]}
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} -> {"a.b": "1"}, as MLflow's params want it."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
-    return flat
+def _image() -> dict[str, str]:
+    image = os.environ.get(IMAGE, "")
+    _, at, digest = image.partition("@")
+    return ({"image": image} if image else {}) | ({"image_digest": digest} if at else {})
+
+
+def _versioned(lock: Path) -> dict[str, str]:
+    """md5 of every out in dvc.lock, by its path."""
+    import yaml
+
+    stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {})
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}

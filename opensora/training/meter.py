@@ -42,10 +42,8 @@ class Meter:
         if self.device.type == "cuda":
             configured = known_gpu(hardware.gpu) if hardware and hardware.gpu else None
             self.gpu = gpu_here(self.device.index or 0) or configured
-        self.dollars_per_hour = 0.0
-        if self.gpu:
-            price = hardware.dollars_per_gpu_hour if hardware else None
-            self.dollars_per_hour = price or self.gpu.dollars_per_hour
+        price = hardware.dollars_per_gpu_hour if hardware else None
+        self.dollars_per_hour = price or (self.gpu.dollars_per_hour if self.gpu else 0.0)
         self.losses: Tensor | float
         self.earlier_hours = 0.0  # GPU-hours of the starts before this one, which may have had other GPUs
         self.started = self.since = time.monotonic()
@@ -99,6 +97,14 @@ class Meter:
         """Hours of all processes so far, over all starts of the run."""
         seconds = (time.monotonic() if now is None else now) - self.started
         return self.earlier_hours + seconds * self.world_size / 3600
+
+    def cost(self) -> dict[str, float]:
+        """GPU-hours over all starts of the run, and dollars where an hour's price is known; nothing on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        hours = self.gpu_hours()
+        dollars = {"dollars": hours * self.dollars_per_hour} if self.dollars_per_hour else {}
+        return {"gpu_hours": hours} | dollars
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run goes on counting from; JSON."""

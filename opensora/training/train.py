@@ -122,6 +122,7 @@ class Trainer:
                 with closing(self._batches()) as batches:
                     self._train(batches, stop, watchdog)
             on_rank_zero(engine, self.saver.wait)
+        self._track_cost()
         return self.metrics
 
     def _train(self, batches: Iterator[dict[str, Any]], stop: StopFlag, watchdog: Watchdog) -> None:
@@ -160,6 +161,7 @@ class Trainer:
                     self._sample(self.samples, watchdog)
                 if stopping and not last:
                     on_rank_zero(engine, self.saver.wait)
+                    self._track_cost()
                     raise Stopped(stop.number or signal.SIGTERM)
 
     def _accumulate(self, batches: Iterator[dict[str, Any]]) -> Passes:
@@ -286,6 +288,10 @@ class Trainer:
         if self.tracker:
             info = read_info(path, verify=False)
             self.tracker.log_checkpoint(path, info["step"], info["sha256"])
+
+    def _track_cost(self) -> None:
+        if self.tracker and (cost := self.meter.cost()):
+            self.tracker.log_metrics(cost, self.step)
 
     def _sample(self, samples: SampleWriter, watchdog: Watchdog) -> None:
         """Samples by rank 0, with averaged weights, while the others wait. Collective."""

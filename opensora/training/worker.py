@@ -70,8 +70,10 @@ def _train(config: Config, stage: str, job: dict, work: Path, engine: "Engine") 
     tracker = None
     if engine.rank == 0:
         log.info("%s: %d of %d clips; not used: %s", stage, len(plan), plan.total, dict(plan.excluded) or "none")
-        params = {"train": train.model_dump(), "model": config.model.model_dump()}
+        sections = {"train": train, "model": config.model, "encode": config.encode, "hardware": config.hardware}
+        params = {name: section.model_dump() for name, section in sections.items()}
         tracker = Tracker.start(Path(job["root"]), config.profile, stage, params, {}, work)
+        tracker.log_dataset(source.manifest, "training")
     with tracker or nullcontext():
         samples = SampleWriter(config, stage, places, work, engine.device, tracker) if train.sample_every else None
         trainer = Trainer(

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opensora.tracking import tracker as tracker_module
-from opensora.tracking.lineage import flatten
 from opensora.tracking.store import connect
 from opensora.tracking.tracker import Tracker, replay
 from tests.conftest import ROOT
@@ -22,6 +20,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def default_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the process that sends
 
 
 def track(root: Path, step: str, profile: str = "smoke") -> Tracker:
@@ -51,27 +50,6 @@ def test_a_chain_is_a_parent_with_one_child_a_step(root: Path) -> None:
     assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
 
 
-def test_a_step_that_finished_and_starts_again_gets_a_new_parent(root: Path) -> None:
-    before = {run.info.run_id for run in runs(root, "demo")}
-    for _ in range(2):
-        with track(root, "train_image", "demo"):
-            pass
-    parents = [run for run in runs(root, "demo") if "mlflow.parentRunId" not in run.data.tags]
-    assert len(parents) == len(before) + 2
-
-
-def test_a_stopped_step_goes_on_in_its_own_run(root: Path) -> None:
-    tracker = track(root, "train_highres", "h800")
-    tracker.log_metrics({"loss": 3.0}, 1)
-    tracker.close("KILLED")
-    with track(root, "train_highres", "h800") as again:
-        again.log_metrics({"loss": 2.0}, 2)
-    children = [run for run in runs(root, "h800") if "mlflow.parentRunId" in run.data.tags]
-    assert len(children) == 1
-    assert children[0].info.status == "FINISHED"
-    assert len(connect(root).get_metric_history(children[0].info.run_id, "loss")) == 2
-
-
 def test_an_error_marks_the_run_as_failed(root: Path) -> None:
     with pytest.raises(ZeroDivisionError), track(root, "evaluate", "single_gpu"):
         _ = 1 / 0
@@ -81,11 +59,8 @@ def test_an_error_marks_the_run_as_failed(root: Path) -> None:
 def test_a_dead_store_stops_nothing_and_loses_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: Path) -> None:
-        raise ConnectionError("no server")
-
     with monkeypatch.context() as patch:
-        patch.setattr(tracker_module, "connect", refuse)
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody answers there
         with track(root, "promote", "smoke") as tracker:
             for step in range(50):
                 tracker.log_metrics({"loss": float(step)}, step)
@@ -104,14 +79,6 @@ def test_a_dead_store_stops_nothing_and_loses_nothing(
     assert replay(root) == 0
 
 
-def test_checkpoints_are_logged_by_reference(root: Path, tmp_path: Path) -> None:
-    with track(root, "train_video", "demo") as tracker:
-        tracker.log_checkpoint(tmp_path / ".partial" / "train_video", 7, "abc")
-    found = connect(root).search_logged_models([runs(root, "demo")[0].info.experiment_id])
-    assert [(model.tags["checkpoint.sha256"], model.params["step"]) for model in found] == [("abc", "7")]
-    assert found[0].tags["checkpoint.uri"] == str(tmp_path / "train_video")  # where it lies when the step is done
-
-
 def test_two_threads_may_be_the_first_to_use_mlflow(tmp_path: Path) -> None:
     code = (
         "import sys, threading; from pathlib import Path; from opensora.tracking.registry import champion\n"
@@ -125,9 +92,7 @@ def test_two_threads_may_be_the_first_to_use_mlflow(tmp_path: Path) -> None:
         "for thread in threads: thread.join()\n"
         "sys.exit(str(failed) if failed else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-
-
-def test_flatten() -> None:
-    assert flatten({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": "1", "a.c": "[2]", "d": "None"}
