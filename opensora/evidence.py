@@ -173,13 +173,16 @@ def _evaluated_beside(beside: dict, candidate: Evaluation) -> Evaluation:
 
 
 def _recorded(version: Version, stage: str) -> Evaluation | None:
+    """What a version keeps of its evaluation, if nobody changed it; of a version of an older program its metrics."""
     folder = Path(version.tags.get(EVALUATION_URI, ""))
     try:
-        if EVALUATION_URI in version.tags and hash_evaluation(folder) == version.tags.get(EVALUATION_FILES):
+        if EVALUATION_URI not in version.tags:
+            return Evaluation(json.loads(version.tags[METRICS_TAG]))
+        if hash_evaluation(folder) == version.tags.get(EVALUATION_FILES):
             return read_evaluation(folder, stage)
-        return Evaluation(json.loads(version.tags[METRICS_TAG]))  # without its prompts and scores
     except (KeyError, ValueError, OSError, StepError):
-        return None
+        pass
+    return None
 
 
 def hash_evaluation(folder: Path) -> str:

@@ -26,6 +26,7 @@ from opensora.tracking.registry import (
     CHECKPOINT_URI,
     PREVIOUS,
     ChampionMoved,
+    adopt,
     champion,
     check_champion,
     move_champion,
@@ -177,7 +178,7 @@ def _make_champion(case: Case, before: Champion | None, lock: str) -> str:
         else:
             check_champion(case.root, case.model, expected)
             tags = _version_tags(case, copy, evaluation) | {PREVIOUS: before.version if before else "none"}
-            version = register(case.root, case.model, copy, tags)
+            version = adopt(case.root, case.model, tags) or register(case.root, case.model, copy, tags)
         check_lock()
         move_champion(case.root, case.model, version, expected)
     return version

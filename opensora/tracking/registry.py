@@ -21,6 +21,7 @@ ROLLED_BACK, RESTORED = "rolled_back", "restored"  # JSON: who, when, why
 # Tag of a registered model: the version that the alias was moved to last. It stays where the alias does not.
 LAST_CHAMPION = "last_champion"
 SILENT = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")  # error codes of a server that is away, or ill
+BY_REFERENCE = "checkpoint://"  # before a path: a server refuses a bare one, which it would read from its own disk
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow answers where there is no such thing
 
 
@@ -145,20 +146,28 @@ def version_of(root: Path, model: str, sha256: str) -> Version | None:
     return next((each for each in versions(root, model) if each.tags.get(CHECKPOINT_SHA256) == sha256), None)
 
 
-def register(root: Path, model: str, source: Path, tags: dict[str, str]) -> str:
-    """The number of the version whose files lie in `source`; registered now if it is not yet.
+def adopt(root: Path, model: str, tags: Mapping[str, str]) -> str | None:
+    """The number of the version of the checkpoint that `tags` name, which gets them; None if there is none yet.
 
-    A version of the same checkpoint is found again, as after a promotion that was cut off, and gets the new tags.
+    So a promotion that was cut off after it had registered its version goes on with that one.
     """
-    ensure_model(root, model)
-    found = version_of(root, model, tags[CHECKPOINT_SHA256]) if CHECKPOINT_SHA256 in tags else None
-    with asking(root) as client:
-        if found is None:
-            return str(client.create_model_version(model, str(source.resolve()), tags=tags).version)
-        for name, value in tags.items():
-            if found.tags.get(name) != value:
-                client.set_model_version_tag(model, found.version, name, value)
+    found = version_of(root, model, tags.get(CHECKPOINT_SHA256, ""))
+    if found is None:
+        return None
+    tag_version(
+        root, model, found.version, {name: value for name, value in tags.items() if found.tags.get(name) != value}
+    )
     return found.version
+
+
+def register(root: Path, model: str, source: Path, tags: dict[str, str]) -> str:
+    """Register the files in `source` as the next version; returns its number."""
+    ensure_model(root, model)
+    place = str(source.resolve())
+    if not tracking_uri(root).startswith("sqlite:"):
+        place = f"{BY_REFERENCE}{place}"
+    with asking(root) as client:
+        return str(client.create_model_version(model, place, tags=tags).version)
 
 
 def ensure_model(root: Path, model: str) -> None:
