@@ -4,8 +4,8 @@
 
 A step `promote` as it is run: the files of the candidate and of the champion are hashed, a clip is decoded, every check
 is made with a paired interval over the prompts, the report is written, and where the candidate passes its files are
-copied, a version is registered in SQLite and the alias moves, half a second of which is the lock's wait. Wall time, in a
-process that has imported what it needs. The checkpoint is small: reading and copying a large one goes at the speed of
+copied, a version is registered in SQLite and the alias moves, half a second of which is the lock's wait. Wall time, in
+a process that has imported what it needs. The checkpoint is small: reading and copying a large one goes at the speed of
 the disk and of sha256.
 """
 

@@ -45,15 +45,12 @@ def find_candidate(train: Path) -> tuple[Path, dict]:
     return checkpoint, read_info(checkpoint, verify=False)
 
 
-def read_candidate(
-    checkpoint: Path, info: dict, evaluate: Path, data: Path, profile: str, taken_back: Version | None
-) -> Candidate:
-    """Everything that the gate judges of a candidate.
+def read_candidate(checkpoint: Path, info: dict, evaluate: Path, data: Path, profile: str) -> Candidate:
+    """Everything that the gate judges of a candidate and that the registry does not know.
 
     Args:
         evaluate: folder of the finished step.
         data: folder of the step whose clips trained it.
-        taken_back: the registry's version of the same checkpoint, if there is one.
 
     Raises:
         StepError: there is no evaluation, or it cannot be read.
@@ -70,7 +67,6 @@ def read_candidate(
         artifact_problem=damage(checkpoint, info["sha256"]),
         sample_problem=_look_at_a_clip(evaluate / "samples" / info["stage"]),
         evaluated_sha256=str(evaluation.metrics.get("checkpoint_sha256", "")),
-        rolled_back=_why_rolled_back(taken_back) if taken_back else "",
     )
 
 
@@ -130,7 +126,8 @@ def _look_at_a_clip(folder: Path) -> str:
     return problem
 
 
-def _why_rolled_back(version: Version) -> str:
+def why_rolled_back(version: Version) -> str:
+    """Who took a version back, when and why; empty if nobody did, or it is the champion."""
     event = version.tags.get(ROLLED_BACK)
     if not event or CHAMPION in version.aliases:
         return ""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from opensora.config import PromoteConfig
@@ -15,6 +15,7 @@ from opensora.evidence import (
     hash_evaluation,
     read_candidate,
     read_champion,
+    why_rolled_back,
 )
 from opensora.gate import Candidate, Champion, judge
 from opensora.gate_report import describe
@@ -105,15 +106,16 @@ def preview(config: PromoteConfig, profile: str, evaluate: Path, train: Path, da
 def open_case(config: PromoteConfig, profile: str, evaluate: Path, train: Path, data: Path, root: Path) -> Case:
     """Gather what the gate judges of the candidate; raises StepError, CheckpointError or RegistryError."""
     checkpoint, info = find_candidate(train)
-    known = version_of(root, model_name(profile), info["sha256"])
-    candidate = read_candidate(checkpoint, info, evaluate, data, profile, known)
+    candidate = read_candidate(checkpoint, info, evaluate, data, profile)
     return Case(config, profile, checkpoint, info["stage"], evaluate, root, candidate)
 
 
 def decide(case: Case) -> tuple[dict, Champion | None]:
     """The gate's verdict on the candidate, and the champion beside which it was judged."""
-    before = read_champion(case.root, case.model, case.evaluate, case.candidate.evaluation, case.stage)
-    checks = judge(case.config, case.candidate, before)
+    known = version_of(case.root, case.model, case.candidate.sha256)
+    candidate = replace(case.candidate, rolled_back=why_rolled_back(known) if known else "")
+    before = read_champion(case.root, case.model, case.evaluate, candidate.evaluation, case.stage)
+    checks = judge(case.config, candidate, before)
     verdict = {
         "verdict": "promoted" if all(check.passed for check in checks) else "rejected",
         "model": case.model,
@@ -129,13 +131,13 @@ def decide(case: Case) -> tuple[dict, Champion | None]:
 
 
 def _key(case: Case) -> str:
-    """Of all that decides but the champion, and not of the code: a commit alone is no reason to judge again."""
+    """Of all that decides but the registry, and not of the code: a commit alone is no reason to judge again."""
     candidate, beside = case.candidate, case.evaluate / BESIDE
     return fingerprint(
         case.config.model_dump(),
         candidate.evaluation,
         beside.read_text() if beside.is_file() else "",
-        (candidate.sha256, candidate.artifact_problem, candidate.sample_problem, candidate.rolled_back),
+        (candidate.sha256, candidate.artifact_problem, candidate.sample_problem),
     )
 
 
