@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from opensora.tracking.registry import RegistryError, asking, ensure_model
+from opensora.tracking.registry import Refused, RegistryError, asking, ensure_model
 
 LOCK_FILE = ".promote.lock"  # in a folder of results; holds the folder's name among the users of a registry
 LOCK_TAG = "promotion.lock"
@@ -77,11 +77,13 @@ def registry_lock(
                 time.sleep(min(POLL_S, stale_s / 4))
                 continue
             log.warning("the lock of %s was not given back in %.0f s and is taken over: %s", model, stale_s, held)
-        with asking(root) as client:
+        with suppress(Refused), asking(root) as client:  # as a database does where two set a new tag at once
             client.set_registered_model_tag(model, LOCK_TAG, own)
         time.sleep(settle_s)
         if _read(root, model) == own:
             break
+        if time.monotonic() - started > patience_s:
+            raise RegistryError(f"the lock of {model} cannot be taken in {patience_s:.0f} s; try later")
 
     def check() -> None:
         if _read(root, model) != own:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,10 @@ class RegistryError(UserError):
     """The registry does not answer, has no such model, or what it points to is gone or changed."""
 
 
+class Refused(RegistryError):
+    """The registry answers, and does not do it."""
+
+
 class ChampionMoved(RegistryError):
     """The alias is not where it was when the candidate was judged."""
 
@@ -48,16 +52,17 @@ def asking(root: Path) -> Iterator["MlflowClient"]:
     """A client of the registry; its errors come out in one line.
 
     Raises:
-        RegistryError: the server does not answer, or refuses.
+        RegistryError: the server does not answer.
+        Refused: it does, and refuses.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         yield connect(root)
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # MLflow's kinds are known by their code: another thread may be importing it just now
+        if not isinstance(error, OSError) and not hasattr(error, "error_code"):
+            raise
         where, why = tracking_uri(root), _first_line(error)
         if getattr(error, "error_code", SILENT[0]) not in SILENT:
-            raise RegistryError(f"the registry at {where} refuses: {why}") from error
+            raise Refused(f"the registry at {where} refuses: {why}") from error
         raise RegistryError(
             f"the registry at {where} does not answer ({why}); start the server, or name another by "
             "MLFLOW_TRACKING_URI; then the same command again goes on where it was"
@@ -173,8 +178,10 @@ def register(root: Path, model: str, source: Path, tags: dict[str, str]) -> str:
 def ensure_model(root: Path, model: str) -> None:
     """Make the registered model if there is none yet."""
     with asking(root) as client:
-        if not _known(client.get_registered_model, model):
-            client.create_registered_model(model)
+        if _known(client.get_registered_model, model):
+            return
+    with suppress(Refused), asking(root) as client:  # somebody else makes it at the same moment
+        client.create_registered_model(model)
 
 
 def check_champion(root: Path, model: str, expected: str | None) -> None:
