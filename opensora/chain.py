@@ -94,8 +94,7 @@ def run_step(name: str, config: "Config", root: Path) -> "Report":
         case "promote":
             from opensora.promote import run as promote
 
-            last = base / TRAIN_STEPS[-1]
-            return promote(config.promote, config.profile, base / "evaluate", last, root, output)
+            return promote(config.promote, config.profile, *promotion_inputs(config, base), root, output)
         case _ if name in TRAIN_STEPS:
             from opensora.training.stages import run as train
             from opensora.training.stages import stage_before
@@ -114,6 +113,15 @@ def training_source(config: "Config", stage: str, base: Path) -> "Source":
         return Source(base / "encode")
     vae, text = (weights_folder(config, base, name) for name in (config.encode.vae, config.encode.text_encoder))
     return Source(base / "caption", base / "split", vae, text)
+
+
+def promotion_inputs(config: "Config", base: Path) -> tuple[Path, Path, Path]:
+    """What the gate reads: folders of the evaluation, of the last stage, and of the data that it was trained on."""
+    from opensora.config import TRAIN_STEPS
+
+    last = TRAIN_STEPS[-1]
+    data = "encode" if getattr(config, last).data == "latents" else "caption"
+    return base / "evaluate", base / last, base / data
 
 
 def weights_folder(config: "Config", base: Path, name: str) -> Path:

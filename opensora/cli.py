@@ -13,6 +13,7 @@ from opensora.chain import ALL_STEPS, SUMMARIES
 from opensora.cli_options import PARAMS, RUNS, Params, Profile, Workdir
 from opensora.data_cli import data
 from opensora.plan_cli import plan
+from opensora.registry_cli import promote, registry, rollback
 from opensora.track_cli import track
 
 # Nothing here calls home; the libraries behind the steps read these when they are imported.
@@ -79,7 +80,9 @@ def _step_command(name: str) -> Callable[..., None]:
 
 
 for _name in ALL_STEPS:
-    app.command(_name)(_step_command(_name))
+    app.command(_name)(promote if _name == "promote" else _step_command(_name))
+app.command()(rollback)
+app.command()(registry)
 
 
 def _say(report: Any, folder: Path) -> None:

@@ -303,14 +303,35 @@ class EvaluateConfig(Section):
     vbench: str = Field("", description="python of an environment with vbench installed; empty: not run")
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Gate(Section):
-    """One condition of promotion."""
+    """One metric that promotion guards."""
 
     metric: str = Field(description="name in metrics.json")
     direction: Literal["higher", "lower"] = "higher"
-    floor: float | None = Field(None, description="absolute limit; null: none")
-    tolerance: float | None = Field(
+    floor: Finite | None = Field(None, description="absolute limit, which every model must reach; null: none")
+    tolerance: Annotated[Finite, Field(ge=0)] | None = Field(
         None, description="how much worse than the champion is accepted; null: not compared"
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Gate":
+        if self.floor is None and self.tolerance is None:
+            raise ValueError(f"the gate on {self.metric} has neither a floor nor a tolerance, and would let all pass")
+        return self
+
+
+class Primary(Section):
+    """The score by which a candidate has to beat the champion, prompt by prompt."""
+
+    score: str = Field(description="name of a prompt's score in scores.json, of the last stage")
+    direction: Literal["higher", "lower"] = "higher"
+    margin: Finite = Field(
+        0.0,
+        description="above which the 95 % interval of the mean difference to the champion must lie; 0: better at all; "
+        "negative: so much worse is accepted",
     )
 
 
@@ -318,6 +339,17 @@ class PromoteConfig(Section):
     """The gate, as data."""
 
     gates: tuple[Gate, ...] = ()
+    primary: Primary | None = Field(None, description="null: a model as good as the champion may replace it")
+    replace_lost_champion: bool = Field(
+        False, description="where the champion's files or alias are gone, or it cannot be run, floors alone decide"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "PromoteConfig":
+        names = [gate.metric for gate in self.gates]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"promote.gates names {', '.join(twice)} more than once; write one gate a metric")
+        return self
 
 
 class Config(Section):

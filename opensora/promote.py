@@ -1,171 +1,201 @@
-"""The step `promote`: the gate. Thresholds and the champion decide; every reason is written."""
+"""The step `promote`: the gate judges the newest checkpoint; what passes is kept, registered and made the champion."""
 
-import fcntl
 import json
-import math
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from opensora.config import Gate, PromoteConfig
+from opensora.config import PromoteConfig
+from opensora.evidence import (
+    BESIDE,
+    EVALUATION_FILES,
+    EVALUATION_URI,
+    METRICS_TAG,
+    find_candidate,
+    hash_evaluation,
+    read_candidate,
+    read_champion,
+    why_rolled_back,
+)
+from opensora.gate import Candidate, Champion, judge
+from opensora.gate_report import describe
+from opensora.keep import keep
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
-from opensora.tracking.lineage import lineage
-from opensora.tracking.registry import CHAMPION, champion, register, set_champion
+from opensora.tracking.promotion_lock import folder_lock, registry_lock
+from opensora.tracking.registry import (
+    CHAMPION,
+    CHECKPOINT_URI,
+    PREVIOUS,
+    ChampionMoved,
+    adopt,
+    champion,
+    check_champion,
+    move_champion,
+    register,
+    version_of,
+)
 from opensora.tracking.tracker import Tracker
-from opensora.training.checkpoint import newest_checkpoint, read_info
 
-COMPARABLE = ("fd_extractor", "samples_per_stage")  # metrics of another extractor or N are not compared
+TRIES = 3  # judgements, where somebody else moves the alias meanwhile
 
 
 @dataclass(frozen=True)
-class Check:
-    """One condition and what became of it."""
+class Case:
+    """A candidate before the gate."""
 
-    metric: str
-    passed: bool
-    reason: str
-    value: float | None = None
-    floor: float | None = None
-    champion: float | None = None
-    tolerance: float | None = None
+    config: PromoteConfig
+    profile: str
+    checkpoint: Path
+    stage: str
+    evaluate: Path
+    root: Path
+    candidate: Candidate
+
+    @property
+    def model(self) -> str:
+        """Name in the registry."""
+        return model_name(self.profile)
 
 
-def run(config: PromoteConfig, profile: str, evaluate: Path, train: Path, root: Path, output: Path) -> Report:
-    """Judge the newest checkpoint of `train` by `evaluate/metrics.json`; register and promote it if it passes.
+def model_name(profile: str) -> str:
+    """Of the registered model that a profile's checkpoints are versions of."""
+    return f"opensora-{profile}"
 
-    Leaves gate.json and gate.md in `output`. A refusal is a result, not an error.
+
+def run(
+    config: PromoteConfig, profile: str, evaluate: Path, train: Path, data: Path, root: Path, output: Path
+) -> Report:
+    """Judge the newest checkpoint of `train` by what `evaluate` measured; register and promote it if it passes.
+
+    Leaves gate.json and gate.md in `output`. A refusal is a result, not an error. A promotion that was cut off is
+    finished by the next one: a version is registered once, and the alias moves last.
+
+    Args:
+        evaluate, train, data: folders of the evaluation, of the last stage, and of the data that it was trained on.
+        root: folder of all results.
 
     Raises:
-        StepError: there are no metrics to judge by.
+        StepError: there is nothing to judge by, or the version's files cannot be kept.
+        RegistryError: the registry does not answer.
     """
-    checkpoint = newest_checkpoint(train / "checkpoints")
-    info = read_info(checkpoint)
-    try:
-        metrics = json.loads((evaluate / "metrics.json").read_text())
-    except FileNotFoundError:
-        raise StepError(f"no {evaluate / 'metrics.json'}; run `opensora evaluate` first") from None
-    folder = StepFolder(output, fingerprint(config.model_dump(), metrics, info["sha256"]))
-    if folder.is_done():
+    case = open_case(config, profile, evaluate, train, data, root)
+    folder = StepFolder(output, _key(case))
+    if folder.is_done() and _still_stands(output, case):
         return read_report(output)
     work = folder.open()
-    model = f"opensora-{profile}"
-    with _alone(root), Tracker.start(root, profile, "promote", {"promote": config.model_dump()}, {}, work) as tracker:
-        verdict = _decide(config, model, metrics, checkpoint, info, root)
+    with (
+        folder_lock(root) as lock,
+        Tracker.start(root, profile, "promote", {"promote": config.model_dump()}, {}, work) as tracker,
+    ):
+        verdict = _promote(case, lock)
         write_json(work / "gate.json", verdict)
         (work / "gate.md").write_text(describe(verdict))
-        tracker.log_metrics({f"gate.{check['metric']}": float(check["passed"]) for check in verdict["checks"]})
+        tracker.log_metrics({_name(check): float(check["passed"]) for check in verdict["checks"]})
         for name in ("gate.json", "gate.md"):
             tracker.log_artifact(work / name)
     passed = sum(check["passed"] for check in verdict["checks"])
     return folder.finish(Report("promote", total=len(verdict["checks"]), kept=passed))
 
 
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """One promotion at a time: moving an alias is no compare-and-swap."""
-    with (root / ".promote.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def preview(config: PromoteConfig, profile: str, evaluate: Path, train: Path, data: Path, root: Path) -> dict:
+    """The verdict of a dry run: nothing is registered, moved or written."""
+    verdict, _ = decide(open_case(config, profile, evaluate, train, data, root))
+    return verdict | {"dry_run": True}
 
 
-def _decide(config: PromoteConfig, model: str, metrics: dict, checkpoint: Path, info: dict, root: Path) -> dict:
-    before = champion(root, model)
-    before_metrics = json.loads(before.tags["metrics"]) if before else None
-    checks = judge(config.gates, metrics, before_metrics)
-    passed = all(check.passed for check in checks)
+def open_case(config: PromoteConfig, profile: str, evaluate: Path, train: Path, data: Path, root: Path) -> Case:
+    """Gather what the gate judges of the candidate; raises StepError, CheckpointError or RegistryError."""
+    checkpoint, info = find_candidate(train)
+    candidate = read_candidate(checkpoint, info, evaluate, data, profile)
+    return Case(config, profile, checkpoint, info["stage"], evaluate, root, candidate)
+
+
+def decide(case: Case) -> tuple[dict, Champion | None]:
+    """The gate's verdict on the candidate, and the champion beside which it was judged."""
+    known = version_of(case.root, case.model, case.candidate.sha256)
+    candidate = replace(case.candidate, rolled_back=why_rolled_back(known) if known else "")
+    before = read_champion(case.root, case.model, case.evaluate, candidate.evaluation, case.stage)
+    checks = judge(case.config, candidate, before)
     verdict = {
-        "verdict": "promoted" if passed else "rejected",
-        "model": model,
+        "verdict": "promoted" if all(check.passed for check in checks) else "rejected",
+        "model": case.model,
         "version": None,
         "alias": None,
-        "champion": before.version if before else None,
-        "checkpoint": str(checkpoint),
-        "sha256": info["sha256"],
+        "champion": before.version if before and before.has_alias else None,
+        "checkpoint": str(case.checkpoint),
+        "sha256": case.candidate.sha256,
         "checks": [asdict(check) for check in checks],
+        "notes": [],
     }
-    if not passed:
-        return verdict
-    if before and before.tags.get("checkpoint.sha256") == info["sha256"]:
-        return verdict | {"version": before.version, "alias": CHAMPION, "note": "it is the champion already"}
-    copy = _keep(root / "registry" / model / info["sha256"][:12], checkpoint, info)
-    tags = lineage() | {
-        "checkpoint.uri": str(copy.resolve()),
-        "checkpoint.sha256": info["sha256"],
-        "stage": info["stage"],
-        "metrics": json.dumps({name: value for name, value in metrics.items() if not isinstance(value, dict)}),
-        "previous_champion": str(before.version) if before else "none",
+    return verdict, before
+
+
+def _key(case: Case) -> str:
+    """Of all that decides but the registry, and not of the code: a commit alone is no reason to judge again."""
+    candidate, beside = case.candidate, case.evaluate / BESIDE
+    return fingerprint(
+        case.config.model_dump(),
+        candidate.evaluation,
+        beside.read_text() if beside.is_file() else "",
+        (candidate.sha256, candidate.artifact_problem, candidate.sample_problem),
+    )
+
+
+def _still_stands(output: Path, case: Case) -> bool:
+    """Whether the alias is where the finished step left it."""
+    verdict = json.loads((output / "gate.json").read_text())
+    now = champion(case.root, case.model)
+    return (now.version if now else None) == (verdict["version"] or verdict["champion"])
+
+
+def _promote(case: Case, lock: str) -> dict:
+    notes: list[str] = []
+    for _ in range(TRIES):
+        verdict, before = decide(case)
+        verdict["notes"] = notes
+        if verdict["verdict"] != "promoted":
+            return verdict
+        try:
+            return verdict | {"version": _make_champion(case, before, lock), "alias": CHAMPION}
+        except ChampionMoved as moved:
+            notes.append(f"{moved}; judged again")
+    raise StepError(f"{'; '.join(notes)}; find out who moves it, and start the same command again")
+
+
+def _make_champion(case: Case, before: Champion | None, lock: str) -> str:
+    """Keep the files, register the version, move the alias: each once, however often it is tried.
+
+    Raises:
+        ChampionMoved: the candidate was not judged beside the version that carries the alias now.
+    """
+    expected = before.version if before and before.has_alias else None
+    again = before is not None and before.sha256 == case.candidate.sha256 and not before.lost
+    if not again:
+        place = case.root / "registry" / case.model / case.candidate.sha256[:12]
+        copy, evaluation = keep(place, case.checkpoint, case.evaluate)
+    with registry_lock(case.root, case.model, lock) as check_lock:
+        if again:
+            assert before is not None
+            version = before.version
+        else:
+            check_champion(case.root, case.model, expected)
+            tags = _version_tags(case, copy, evaluation) | {PREVIOUS: before.version if before else "none"}
+            version = adopt(case.root, case.model, tags) or register(case.root, case.model, copy, tags)
+        check_lock()
+        move_champion(case.root, case.model, version, expected)
+    return version
+
+
+def _version_tags(case: Case, copy: Path, evaluation: Path) -> dict[str, str]:
+    metrics = case.candidate.evaluation.metrics
+    return dict(case.candidate.tags) | {
+        CHECKPOINT_URI: str(copy.resolve()),
+        EVALUATION_URI: str(evaluation.resolve()),
+        EVALUATION_FILES: hash_evaluation(evaluation),
+        METRICS_TAG: json.dumps({name: value for name, value in metrics.items() if not isinstance(value, dict | list)}),
     }
-    version = register(root, model, copy, {name: value[:4900] for name, value in tags.items()})
-    set_champion(root, model, version)
-    return verdict | {"version": version, "alias": CHAMPION}
 
 
-def _keep(place: Path, checkpoint: Path, info: dict) -> Path:
-    """Copy what the version needs out of the chain's folders, which the next run replaces."""
-    target = place / checkpoint.name
-    if target.is_dir():
-        return target
-    part = place.with_name(place.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(checkpoint, part / checkpoint.name)
-    for name in ("vae", "text_encoder"):
-        if not Path(info[name]).is_absolute():
-            source = next(
-                parent / info[name] for parent in checkpoint.resolve().parents if (parent / info[name]).is_dir()
-            )
-            shutil.copytree(source, part / info[name], dirs_exist_ok=True)
-    part.rename(place)
-    return target
-
-
-def judge(gates: Sequence[Gate], metrics: dict, before: dict | None) -> list[Check]:
-    """One check a gate, against its floor and, within its tolerance, against the champion's metrics."""
-    checks = [_judge_one(gate, metrics.get(gate.metric), before) for gate in gates]
-    for name in COMPARABLE if before is not None else ():
-        old = (before or {}).get(name)
-        if metrics.get(name) != old:
-            reason = f"{name} is {metrics.get(name)}, the champion's is {old}: not comparable"
-            checks.append(Check(name, False, reason))
-    if not gates:
-        checks.append(Check("gates", False, "promote.gates is empty: nothing says what is good enough"))
-    return checks
-
-
-def _judge_one(gate: Gate, value: object, before: dict | None) -> Check:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        what = "missing" if value is None else f"{value}"
-        return Check(gate.metric, False, f"{gate.metric} is {what}, a number was expected", floor=gate.floor)
-    sign = 1 if gate.direction == "higher" else -1
-    reasons, passed = [], True
-    if gate.floor is not None:
-        good = sign * (value - gate.floor) >= 0
-        passed &= good
-        order = ("≥" if sign > 0 else "≤") if good else ("<" if sign > 0 else ">")
-        reasons.append(f"{gate.metric} {value:.4g} {order} {gate.floor:g}")
-    old = before.get(gate.metric) if before else None
-    if gate.tolerance is None:
-        reasons.append("not compared with a champion")
-    elif before is None:
-        reasons.append("no champion yet: the floor alone decides")
-    elif not isinstance(old, int | float):
-        passed = False
-        reasons.append(f"the champion has no {gate.metric}")
-    else:
-        good = sign * (value - old) >= -gate.tolerance
-        passed &= good
-        verb = "is within" if good else "is worse by more than"
-        reasons.append(f"{value:.4g} {verb} {gate.tolerance:g} of the champion's {old:.4g}")
-    number = float(old) if isinstance(old, int | float) else None
-    return Check(gate.metric, passed, "; ".join(reasons), float(value), gate.floor, number, gate.tolerance)
-
-
-def describe(verdict: dict) -> str:
-    """The verdict as Markdown."""
-    lines = [f"# {verdict['model']}: {verdict['verdict']}", ""]
-    if verdict["version"]:
-        lines += [f"Version {verdict['version']} carries the alias `{verdict['alias']}`.", ""]
-    lines += ["| check | | reason |", "|---|---|---|"]
-    lines += [f"| {c['metric']} | {'passed' if c['passed'] else 'failed'} | {c['reason']} |" for c in verdict["checks"]]
-    return "\n".join([*lines, "", f"Checkpoint `{verdict['checkpoint']}`, sha256 `{verdict['sha256']}`.", ""])
+def _name(check: Mapping[str, object]) -> str:
+    """Of a check among the run's metrics."""
+    return ".".join(str(part) for part in ("gate", check["kind"], check["metric"]) if part)

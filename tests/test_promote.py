@@ -1,64 +1,324 @@
-"""The gate: floors, champions, and every reason in words."""
+"""Promotion against a real registry: who becomes the champion, and what is left when something breaks."""
 
-import math
+import gc
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+from typer.testing import CliRunner
 
-from opensora.config import Gate
-from opensora.promote import describe, judge
+from opensora import promote as step
+from opensora.cli import app
+from opensora.config import PromoteConfig, UserError
+from opensora.promote import preview, run
+from opensora.rollback import rollback
+from opensora.step import StepError
+from opensora.tracking.registry import RegistryError, champion, versions
+from opensora.tracking.store import connect
+from tests.promotion_case import BETTER, GATES, change_json, make_candidate, make_evaluation
+from tests.small_disk import small_disk
+from tests.tracking.mlflow_server import MlflowServer
 
-HIGHER = Gate(metric="score", floor=0.5, tolerance=0.1)
-LOWER = Gate(metric="fd", direction="lower", floor=10.0, tolerance=1.0)
-
-
-def test_first_model_is_judged_by_floors_and_says_so() -> None:
-    (check,) = judge([HIGHER], {"score": 0.6}, None)
-    assert check.passed
-    assert "no champion yet" in check.reason
-    (check,) = judge([HIGHER], {"score": 0.4}, None)
-    assert not check.passed
-    assert "0.4 < 0.5" in check.reason
-
-
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, "0.9"])
-def test_what_is_no_number_fails(value: object) -> None:
-    (check,) = judge([HIGHER], {"score": value}, None)
-    assert not check.passed
-    assert "number was expected" in check.reason
+MODEL = "opensora-smoke"
 
 
-@pytest.mark.parametrize(("value", "passed"), [(0.75, True), (0.69, False), (0.95, True)])
-def test_tolerance_against_the_champion(value: float, passed: bool) -> None:
-    (check,) = judge([HIGHER], {"score": value}, {"score": 0.8})
-    assert check.passed == passed
-    assert check.champion == 0.8
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated database, to copy: making one takes seconds."""
+    root = tmp_path_factory.mktemp("store")
+    connect(root).search_registered_models()
+    return root / "mlflow.db"
 
 
-@pytest.mark.parametrize(("value", "passed"), [(9.0, True), (11.0, False), (4.0, True), (9.5, False)])
-def test_lower_is_better(value: float, passed: bool) -> None:
-    champion = {"fd": 8.2} if value != 11.0 else {"fd": 20.0}
-    (check,) = judge([LOWER], {"fd": value}, champion)
-    assert check.passed == passed
+@pytest.fixture(autouse=True)
+def default_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("OPENSORA_DATA_REVISION", "data-1")
 
 
-def test_metrics_of_another_extractor_or_number_are_not_compared() -> None:
-    now = {"score": 0.9, "fd_extractor": "randconv", "samples_per_stage": 48}
-    checks = judge([HIGHER], now, {**now, "samples_per_stage": 64})
-    assert [check.metric for check in checks if not check.passed] == ["samples_per_stage"]
+class Place:
+    """A folder of results, and the shortest way to a promotion there."""
+
+    def __init__(self, root: Path, checkpoint: Path) -> None:
+        self.root, self.base, self.checkpoint = root, root / "smoke", checkpoint
+
+    def candidate(self, shift: float, right: int, **changes: object) -> str:
+        sha256 = make_candidate(self.base, self.checkpoint, shift)
+        make_evaluation(self.base, sha256, right, **changes)
+        return sha256
+
+    def inputs(self) -> tuple[Path, Path, Path]:
+        return self.base / "evaluate", self.base / "train_video", self.base / "encode"
+
+    def promote(self, config: PromoteConfig = GATES) -> dict:
+        run(config, "smoke", *self.inputs(), self.root, self.base / "promote")
+        return json.loads((self.base / "promote" / "gate.json").read_text())
+
+    def champion(self) -> str | None:
+        now = champion(self.root, MODEL)
+        return now.version if now else None
+
+    def kept(self) -> list[Path]:
+        """Copies under a final name."""
+        return [path for path in self.root.glob(f"registry/{MODEL}/*") if not path.name.startswith(".")]
 
 
-def test_a_champion_without_the_metric_is_no_free_pass() -> None:
-    (check,) = judge([HIGHER], {"score": 0.9}, {})
-    assert not check.passed
+@pytest.fixture
+def place(tmp_path: Path, store: Path, checkpoint: Path) -> Place:
+    root = tmp_path / "runs"
+    root.mkdir()
+    shutil.copy(store, root / "mlflow.db")
+    return Place(root, checkpoint)
 
 
-def test_no_gates_promote_nothing() -> None:
-    assert [check.passed for check in judge([], {"score": 1.0}, None)] == [False]
+def failed(verdict: dict) -> dict[str, str]:
+    return {check["kind"]: check["reason"] for check in verdict["checks"] if not check["passed"]}
 
 
-def test_the_report_names_every_check() -> None:
-    checks = [vars(check) for check in judge([HIGHER, LOWER], {"score": 0.6, "fd": 3.0}, None)]
-    verdict = {"model": "m", "verdict": "promoted", "version": "1", "alias": "champion", "checks": checks}
-    text = describe(verdict | {"checkpoint": "c", "sha256": "s"})
-    assert "score 0.6 ≥ 0.5" in text
-    assert "fd 3 ≤ 10" in text
+def test_promotion_refusal_and_roll_back(place: Place) -> None:
+    first = place.candidate(1, 20)
+    dry = preview(GATES, "smoke", *place.inputs(), place.root)
+    assert dry["verdict"] == "promoted"
+    assert not versions(place.root, MODEL)
+    assert not (place.base / "promote").exists()
+    assert not place.kept()
+
+    verdict = place.promote()
+    assert (verdict["verdict"], verdict["version"], verdict["champion"]) == ("promoted", "1", None)
+    (one,) = versions(place.root, MODEL)
+    assert one.aliases == ("champion",)
+    assert (one.tags["checkpoint.sha256"], one.tags["previous_champion"]) == (first, "none")
+    copy = Path(one.tags["evaluation.uri"])
+    assert json.loads((copy / "scores.json").read_text())["prompts"]
+    assert (copy / "samples" / "train_video" / "000.mp4").is_file()
+    before = (place.base / "promote" / "report.json").stat().st_mtime_ns
+    assert place.promote() == verdict  # nothing to do
+    assert (place.base / "promote" / "report.json").stat().st_mtime_ns == before
+
+    place.candidate(2, 15)
+    verdict = place.promote()
+    assert "worse by more than 0.1" in failed(verdict)["non-inferiority"]
+    assert (verdict["verdict"], verdict["champion"], place.champion()) == ("rejected", "1", "1")
+    assert "stays the champion" in (place.base / "promote" / "gate.md").read_text()
+
+    place.candidate(3, 21)
+    assert set(failed(place.promote(BETTER))) == {"improvement"}  # one prompt of 24 may be chance
+    place.candidate(3, 20 + 4)
+    assert set(failed(place.promote(BETTER))) == {"improvement"}
+    verdict = place.promote()  # but it is not worse
+    assert (verdict["version"], place.champion()) == ("2", "2")
+
+    assert rollback(place.root, MODEL, reason="flickers") == ("2", "1")
+    two, one = versions(place.root, MODEL)
+    assert (one.aliases, two.aliases) == (("champion",), ())
+    said = json.loads(two.tags["rolled_back"])
+    assert (said["reason"], said["to"], "@" in said["by"]) == ("flickers", "1", True)
+    assert "flickers" in failed(place.promote())["roll-back"]  # not again by itself
+    with pytest.raises(RegistryError, match="first champion"):
+        rollback(place.root, MODEL)
+    with pytest.raises(RegistryError, match="already"):
+        rollback(place.root, MODEL, to="1")
+    with pytest.raises(RegistryError, match="no version 9"):
+        rollback(place.root, MODEL, to="9")
+    assert rollback(place.root, MODEL, to="2") == ("1", "2")
+    assert "rolled_back" not in versions(place.root, MODEL)[0].tags
+    assert place.promote()["version"] == "2"  # it is the champion already
+    assert len(versions(place.root, MODEL)) == 2
+
+    shutil.rmtree(Path(one.tags["checkpoint.uri"]))
+    with pytest.raises(RegistryError, match=r"cannot be loaded any more.*nothing was moved"):
+        rollback(place.root, MODEL)
+    assert place.champion() == "2"
+    table = CliRunner().invoke(app, ["registry", "--profile", "smoke", "--workdir", str(place.root)])
+    assert "champion" in table.stdout
+    assert "nothing at" in table.stdout
+    listed = CliRunner().invoke(app, ["registry", "--profile", "smoke", "--workdir", str(place.root), "--json"])
+    newest, oldest = json.loads(listed.stdout)
+    assert newest["metrics"]["following"] == 1
+    assert newest["lineage"]["data_revision"] == "data-1"
+    assert oldest["restored"]["reason"] == "flickers"
+
+
+def test_a_candidate_that_is_not_what_was_evaluated(place: Place) -> None:
+    place.candidate(1, 20, checkpoint_sha256="other")
+    assert "of checkpoint other" in failed(place.promote())["evaluation"]
+    place.candidate(1, 20, metrics_version=2)
+    assert "version 2" in failed(place.promote())["evaluation"]
+    place.candidate(1, 20, following=float("nan"))
+    assert "nan" in failed(place.promote())["floor"]
+    place.candidate(1, 20)
+    sample = place.base / "evaluate" / "samples" / "train_video" / "000.mp4"
+    sample.write_bytes(sample.read_bytes()[:200])
+    assert "does not decode" in failed(place.promote())["sample"]
+    place.candidate(1, 20)
+    (weights,) = place.base.glob("train_video/checkpoints/step-*/model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)  # of the same length and with the same description beside it
+    assert "another sha256" in failed(place.promote())["artifact"]
+    weights.unlink()
+    assert "is missing" in failed(place.promote())["artifact"]
+    (place.base / "evaluate" / "metrics.json").write_text("{")
+    with pytest.raises(StepError, match=r"damaged.*opensora evaluate"):
+        place.promote()
+    (place.base / "evaluate" / "metrics.json").unlink()
+    with pytest.raises(StepError, match="run `opensora evaluate` first"):
+        place.promote()
+    assert not versions(place.root, MODEL)
+    assert not place.kept()
+
+
+def test_a_champion_that_is_lost_is_no_free_pass(place: Place) -> None:
+    place.candidate(1, 20)
+    place.promote()
+    second = place.candidate(2, 20)
+    (one,) = versions(place.root, MODEL)
+    (Path(one.tags["checkpoint.uri"]) / "ema.safetensors").write_bytes(b"x")
+    (Path(one.tags["checkpoint.uri"]) / "model.safetensors").write_bytes(b"x")
+    assert "version 1 is lost" in failed(place.promote())["champion"]
+    lax = GATES.model_copy(update={"replace_lost_champion": True})
+    place.candidate(2, 11)
+    assert set(failed(place.promote(lax))) == {"floor"}
+    assert place.candidate(2, 20) == second
+    assert (place.promote(lax)["version"], place.champion()) == ("2", "2")
+
+    connect(place.root).delete_model_version(MODEL, "2")  # and with it the alias, without a word
+    place.candidate(3, 24)
+    assert "version 2 is lost: the alias `champion` is gone" in failed(place.promote())["champion"]
+    assert place.promote(lax)["version"] == "3"
+
+    stranger = connect(place.root).create_model_version(MODEL, str(place.root)).version
+    connect(place.root).set_registered_model_alias(MODEL, "champion", str(stranger))
+    place.candidate(4, 24)
+    assert "not by `opensora promote`" in failed(place.promote())["champion"]
+
+    connect(place.root).set_registered_model_alias(MODEL, "champion", "3")
+    version = champion(place.root, MODEL)
+    known = {"champion_version": "3", "champion_sha256": version.tags["checkpoint.sha256"] if version else ""}
+    place.candidate(4, 24, champion_unavailable="out of memory", **known)
+    assert "version 3 is lost: out of memory" in failed(place.promote())["champion"]
+
+
+def test_the_champion_beside_the_candidate_counts_before_what_was_recorded(place: Place) -> None:
+    first = place.candidate(1, 20)
+    place.promote()
+    place.candidate(2, 22, samples_per_stage=24, fd_extractor="i3d")
+    assert "fd_extractor is i3d here, randconv there" in failed(place.promote())["champion"]
+    metrics = {"following": 14 / 24, "metrics_version": 1, "fd_extractor": "i3d", "samples_per_stage": 24}
+    beside = {
+        "version": "1",
+        "sha256": first,
+        "metrics": metrics,
+        "scores": [{"follows": int(n < 14)} for n in range(24)],
+    }
+    (place.base / "evaluate" / "champion.json").write_text(json.dumps(beside))
+    verdict = place.promote(BETTER)
+    assert verdict["version"] == "2"
+    (check,) = (check for check in verdict["checks"] if check["kind"] == "improvement")
+    assert check["champion"] == 14 / 24
+    assert check["interval"][0] > 0
+    place.candidate(3, 24)  # its champion.json is gone, and version 2 recorded another extractor
+    (place.base / "evaluate" / "champion.json").write_text(json.dumps(beside))  # of a champion that is none any more
+    assert "as evaluated when it was promoted" in failed(place.promote())["champion"]
+    version = champion(place.root, MODEL)
+    assert version
+    recorded = Path(version.tags["evaluation.uri"])
+    change_json(recorded / "metrics.json", fd_extractor="randconv")  # somebody helps it along
+    assert "no evaluation" in failed(place.promote(BETTER))["champion"]
+
+
+def test_an_alias_moved_by_hand_meanwhile_is_judged_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shift, right in ((1, 14), (2, 24)):
+        place.candidate(shift, right)
+        place.promote()
+    rollback(place.root, MODEL, reason="a trial")
+    place.candidate(3, 15)  # as good as version 1, far worse than version 2
+    copy = step.keep
+
+    def keep_and_move(*arguments: Path) -> tuple[Path, Path]:
+        connect(place.root).set_registered_model_alias(MODEL, "champion", "2")
+        return copy(*arguments)
+
+    monkeypatch.setattr(step, "keep", keep_and_move)
+    verdict = place.promote()
+    assert "meanwhile somebody put it on version 2" in verdict["notes"][0]
+    assert "worse by more than" in failed(verdict)["non-inferiority"]
+    assert (place.champion(), len(versions(place.root, MODEL))) == ("2", 2)
+
+
+def test_a_full_disk_leaves_no_half_copy(place: Place, tmp_path: Path) -> None:
+    place.candidate(1, 20)
+    with small_disk(tmp_path / "small", "200k") as small:
+        (place.root / "registry").symlink_to(small)
+        with pytest.raises(StepError, match=r"the disk is full; free some space; nothing was registered"):
+            place.promote()
+        assert not [path for path in small.rglob("*") if path.is_file()]
+        (place.root / "registry").unlink()
+    assert not versions(place.root, MODEL)
+    assert place.promote()["version"] == "1"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(store, folder)
+    made = MlflowServer(folder)
+    try:
+        start(made)
+        yield made
+    finally:
+        made.close()
+
+
+def start(server: MlflowServer) -> None:
+    """Its first answer takes longer than a client waits."""
+    server.start()
+    with urlopen(f"{server.uri}/api/2.0/mlflow/registered-models/search", timeout=120) as answer:
+        assert answer.status == 200
+
+
+@pytest.mark.parametrize("after", ["keep", "register"])
+def test_a_server_killed_in_the_middle(
+    place: Place, after: str, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was done before is found again; one version in the end, and the alias on it."""
+    model, profile = f"opensora-{after}", after
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    place.candidate(1, 20)
+    inputs = (GATES, profile, *place.inputs(), place.root, place.base / "promote")
+    done, died = getattr(step, after), []
+
+    def then_die(*arguments: object) -> object:
+        result = done(*arguments)
+        died.append(server.kill())
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, after, then_die)
+        with pytest.raises(UserError, match=r"^the registry at .* does not answer \(no connection\)[^\n]*$"):
+            run(*inputs)
+    gc.collect()  # what the error still holds would keep the step's folder locked; a command ends instead
+    assert died
+    start(server)
+    assert champion(place.root, model) is None
+    assert len(versions(place.root, model)) == (after == "register")
+    run(*inputs)
+    (version,) = versions(place.root, model)
+    assert version.aliases == ("champion",)
+    assert "promotion.lock" not in connect(place.root).get_registered_model(model).tags
+
+
+@pytest.mark.parametrize("command", ["registry", "rollback", "promote"])
+def test_a_server_that_is_away_is_one_clear_line(place: Place, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    place.candidate(1, 20)
+    shutil.copytree(place.base / "train_video", place.base / "train_highres")
+    done = CliRunner().invoke(app, [command, "--profile", "smoke", "--workdir", str(place.root)])
+    assert isinstance(done.exception, RegistryError)
+    assert done.exception.exit_code == 1
+    assert "does not answer (no connection); start the server" in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not (place.base / "promote").exists()

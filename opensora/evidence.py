@@ -1,0 +1,187 @@
+"""What the gate judges: files of the evaluation, hashes of checkpoints, tags of the registry's versions."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import av
+
+from opensora.config import UserError
+from opensora.data.video import read_frames
+from opensora.gate import Candidate, Champion, Evaluation
+from opensora.step import FINGERPRINT, StepError, fingerprint
+from opensora.tracking.lineage import lineage
+from opensora.tracking.registry import (
+    CHAMPION,
+    CHECKPOINT_SHA256,
+    CHECKPOINT_URI,
+    ROLLED_BACK,
+    Version,
+    champion,
+    lost_champion,
+)
+from opensora.training.checkpoint import CheckpointError, find_newest, read_info
+from opensora.weights import hash_file
+
+METRICS, SCORES, BESIDE = "metrics.json", "scores.json", "champion.json"  # what `evaluate` leaves
+EVALUATION_URI, EVALUATION_FILES, METRICS_TAG = (
+    "evaluation.uri",
+    "evaluation.files_sha256",
+    "metrics",
+)  # tags of a version
+
+
+def find_candidate(train: Path) -> tuple[Path, dict]:
+    """The newest checkpoint of a training step and its description, its files not read yet.
+
+    A damaged one is not passed over for the one before it: the evaluation is of the newest.
+
+    Raises:
+        CheckpointError: there is none, or of another version.
+    """
+    checkpoint = find_newest(train / "checkpoints", verify=False)
+    if checkpoint is None:
+        raise CheckpointError(f"no usable checkpoint in {train / 'checkpoints'}; run `opensora {train.name}` first")
+    return checkpoint, read_info(checkpoint, verify=False)
+
+
+def read_candidate(checkpoint: Path, info: dict, evaluate: Path, data: Path, profile: str) -> Candidate:
+    """Everything that the gate judges of a candidate and that the registry does not know.
+
+    Args:
+        evaluate: folder of the finished step.
+        data: folder of the step whose clips trained it.
+
+    Raises:
+        StepError: there is no evaluation, or it cannot be read.
+    """
+    evaluation = read_evaluation(evaluate, info["stage"])
+    measured = {name: str(evaluation.metrics.get(name)) for name in ("fd_extractor", "samples_per_stage")}
+    tags = lineage() | measured | {CHECKPOINT_SHA256: info["sha256"], "stage": info["stage"], "profile": profile}
+    if (data / FINGERPRINT).is_file():
+        tags["data_fingerprint"] = json.loads((data / FINGERPRINT).read_text())
+    return Candidate(
+        sha256=info["sha256"],
+        tags=tags,
+        evaluation=evaluation,
+        artifact_problem=damage(checkpoint, info["sha256"]),
+        sample_problem=_look_at_a_clip(evaluate / "samples" / info["stage"]),
+        evaluated_sha256=str(evaluation.metrics.get("checkpoint_sha256", "")),
+    )
+
+
+def read_evaluation(folder: Path, stage: str) -> Evaluation:
+    """What `evaluate`, or the copy that a version keeps of it, says of one stage; raises StepError."""
+    metrics = _read_json(folder / METRICS)
+    if not metrics:
+        raise StepError(f"no {folder / METRICS}; run `opensora evaluate` first")
+    scores = _read_json(folder / SCORES)
+    return Evaluation(
+        metrics,
+        prompts=scores.get("prompts"),
+        seeds=scores.get("seeds"),
+        scores=scores.get("stages", {}).get(stage),
+    )
+
+
+def _read_json(path: Path) -> dict:
+    """Empty where there is no such file."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise StepError(f"{path} is damaged ({error}); run `opensora evaluate` again") from None
+    if not isinstance(value, dict):
+        raise StepError(f"{path} holds a {type(value).__name__}, expected a mapping; run `opensora evaluate` again")
+    return value
+
+
+def damage(folder: Path, sha256: str) -> str:
+    """Why a checkpoint's folder does not hold the files of `sha256`; empty if it does. Reads all of them."""
+    try:
+        found = read_info(folder)["sha256"]
+    except (UserError, OSError, KeyError) as error:
+        return str(error)
+    return "" if found == sha256 else f"{folder} holds another checkpoint, sha256 {found[:12]}"
+
+
+def damage_of(version: Version) -> str:
+    """Why a registered version cannot be loaded; empty if its files are those that were registered."""
+    where, sha256 = version.tags.get(CHECKPOINT_URI), version.tags.get(CHECKPOINT_SHA256)
+    if not where or not sha256:
+        return f"it was registered without {CHECKPOINT_URI} and {CHECKPOINT_SHA256}, not by `opensora promote`"
+    return damage(Path(where), sha256)
+
+
+def _look_at_a_clip(folder: Path) -> str:
+    """Why no mp4 there decodes; empty if one does."""
+    problem = f"no mp4 of the candidate in {folder}; run `opensora evaluate` again"
+    for path in sorted(folder.glob("*.mp4")):
+        try:
+            if len(read_frames(path.read_bytes())):
+                return ""
+        except (av.FFmpegError, ValueError, OSError) as error:
+            problem = f"{path} does not decode: {error}"
+    return problem
+
+
+def why_rolled_back(version: Version) -> str:
+    """Who took a version back, when and why; empty if nobody did, or it is the champion."""
+    event = version.tags.get(ROLLED_BACK)
+    if not event or CHAMPION in version.aliases:
+        return ""
+    said = json.loads(event)
+    why = f": {said['reason']}" if said["reason"] else ""
+    back = f"`opensora rollback --to {version.version}` makes it the champion again"
+    return f"{said['by']} took version {version.version}, this checkpoint, back on {said['at']}{why}; {back}"
+
+
+def read_champion(root: Path, model: str, evaluate: Path, candidate: Evaluation, stage: str) -> Champion | None:
+    """The champion as the gate judges it; None where the registry never had one.
+
+    Its evaluation is the one that `evaluate` made of it beside the candidate's, on the same prompts and seeds, if that
+    is of this very version; else the one that was recorded when it was promoted.
+    """
+    version = champion(root, model)
+    if version is None:
+        gone = lost_champion(root, model)
+        why = "the alias `champion` is gone: its version was deleted from the registry, or somebody removed it"
+        return Champion(gone, "", lost=why, has_alias=False) if gone else None
+    sha256, lost = version.tags.get(CHECKPOINT_SHA256, ""), damage_of(version)
+    beside = _read_json(evaluate / BESIDE)
+    evaluation, source = _recorded(version, stage), "as evaluated when it was promoted"
+    if (str(beside.get("version")), beside.get("sha256")) == (version.version, sha256):
+        evaluation, source = _evaluated_beside(beside, candidate), "evaluated beside the candidate"
+    lost = lost or _why_not_evaluated(candidate.metrics, version.version, sha256)
+    return Champion(version.version, sha256, version.tags, None if lost else evaluation, source, lost)
+
+
+def _why_not_evaluated(metrics: Mapping[str, object], version: str, sha256: str) -> str:
+    """Why `evaluate` could not run this champion beside the candidate; empty if it could, or never tried."""
+    if (str(metrics.get("champion_version")), metrics.get("champion_sha256")) != (version, sha256):
+        return ""
+    return str(metrics.get("champion_unavailable") or "")
+
+
+def _evaluated_beside(beside: dict, candidate: Evaluation) -> Evaluation:
+    """On the candidate's prompts and seeds; what else has to be equal, it says itself."""
+    return Evaluation(beside.get("metrics") or {}, candidate.prompts, candidate.seeds, beside.get("scores"))
+
+
+def _recorded(version: Version, stage: str) -> Evaluation | None:
+    """What a version keeps of its evaluation, if nobody changed it; of a version of an older program its metrics."""
+    folder = Path(version.tags.get(EVALUATION_URI, ""))
+    try:
+        if EVALUATION_URI not in version.tags:
+            return Evaluation(json.loads(version.tags[METRICS_TAG]))
+        if hash_evaluation(folder) == version.tags.get(EVALUATION_FILES):
+            return read_evaluation(folder, stage)
+    except (KeyError, ValueError, OSError, StepError):
+        pass
+    return None
+
+
+def hash_evaluation(folder: Path) -> str:
+    """Of the numbers that a version keeps."""
+    return fingerprint({name: hash_file(folder / name) for name in (METRICS, SCORES) if (folder / name).is_file()})

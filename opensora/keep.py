@@ -1,0 +1,93 @@
+"""The copy of what a registered version needs, out of the chain's folders, which the next run replaces.
+
+registry/<model>/<first letters of the checkpoint's sha256>/
+    step-00000700/          the checkpoint
+    demo_models/vae/ …      models that it names by a relative path
+    evaluation/             metrics.json, scores.json, samples/<last stage>/
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from opensora.evidence import METRICS, SCORES, damage
+from opensora.step import UNWRITABLE, StepError
+from opensora.training.checkpoint import locate, read_info
+
+EVALUATION = "evaluation"
+
+
+def keep(place: Path, checkpoint: Path, evaluate: Path) -> tuple[Path, Path]:
+    """Copy a checkpoint, its models and its evaluation to `place`; a whole copy that is there already is left as it is.
+
+    Returns:
+        Folders of the copied checkpoint and of the copied evaluation.
+
+    Raises:
+        StepError: they could not be written, as on a full disk, or not as they were read; nothing half is left.
+    """
+    info = read_info(checkpoint, verify=False)
+    target = place / checkpoint.name
+    try:
+        if damage(target, info["sha256"]):
+            with _appearing(place) as part:
+                _copy_model(checkpoint, info, part)
+                if problem := damage(part / checkpoint.name, info["sha256"]):
+                    raise StepError(f"the copy of {checkpoint} is not what was read: {problem}; look at the disk")
+        with _appearing(place / EVALUATION) as part:
+            _copy_evaluation(evaluate, info["stage"], part)
+    except OSError as error:
+        raise StepError(
+            f"{checkpoint} could not be copied to {place}: {_reason(error)}; nothing was registered, and the same "
+            "command again goes on"
+        ) from error
+    return target, place / EVALUATION
+
+
+def _copy_model(checkpoint: Path, info: dict, part: Path) -> None:
+    shutil.copytree(checkpoint, part / checkpoint.name, copy_function=_copy)
+    for name in ("vae", "text_encoder"):
+        if not Path(info[name]).is_absolute():
+            shutil.copytree(locate(info[name], checkpoint), part / info[name], copy_function=_copy, dirs_exist_ok=True)
+
+
+def _copy_evaluation(evaluate: Path, stage: str, part: Path) -> None:
+    for name in (METRICS, SCORES):
+        if (evaluate / name).is_file():
+            _copy(evaluate / name, part / name)
+    shutil.copytree(evaluate / "samples" / stage, part / "samples" / stage, copy_function=_copy)
+
+
+@contextmanager
+def _appearing(place: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of whatever is there, or leaves no trace."""
+    part, old = (place.with_name(f".{place.name}.{name}") for name in ("part", "old"))
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if place.exists():
+            place.rename(old)
+        part.rename(place)
+    finally:
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _copy(source: str | Path, target: str | Path) -> None:
+    """Content alone, on the disk when this returns: a version must outlive a power cut."""
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _reason(error: OSError) -> str:
+    """Of one error, or of the first of the many that shutil collects in one."""
+    if isinstance(error, shutil.Error) and error.args and error.args[0]:
+        text = str(error.args[0][0][2])
+        return next((advice for number, advice in UNWRITABLE.items() if f"[Errno {number}]" in text), text)
+    return UNWRITABLE.get(error.errno or 0, str(error))
