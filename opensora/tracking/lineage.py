@@ -6,15 +6,19 @@ from hashlib import md5
 from pathlib import Path
 from typing import Any
 
-DATA_REVISION = "OPENSORA_DATA_REVISION"  # environment: of a pipeline on a cluster
+# Environment, of a pipeline on a cluster:
+DATA_REVISION = "OPENSORA_DATA_REVISION"
+CODE_REVISION = "OPENSORA_CODE_REVISION"  # commit; "-dirty" behind it says that files differed
 
 
 def lineage() -> dict[str, str]:
     """Tags that say which code and data made a run: git commit and state, dvc.lock's md5 and those of its outs.
 
-    A pipeline on a cluster has neither git nor dvc.lock; it names the data's revision in the environment.
+    A pipeline on a cluster has neither git nor dvc.lock; it names both revisions in the environment.
     """
     tags = {"data_revision": revision} if (revision := os.environ.get(DATA_REVISION)) else {}
+    if code := os.environ.get(CODE_REVISION):
+        return tags | {"git_commit": code.removesuffix("-dirty"), "git_dirty": str(code.endswith("-dirty")).lower()}
     try:
         for name, command in {
             "git_commit": "rev-parse HEAD",

@@ -48,7 +48,7 @@ def test_the_full_pipeline_runs_here_and_a_second_run_repeats_nothing(tmp_path: 
     assert "promoted" in gate.read_text()
     revision = yaml.safe_load((folder / "encode.dvc").read_text())["outs"][0]["md5"]
     (described,) = artifacts.glob("*/**/train-highres/checkpoint")
-    assert json.loads(described.read_text())["revision"] == revision
+    assert json.loads(described.read_text())["data_revision"] == revision
     pushed = {path.relative_to(remote).as_posix() for path in remote.rglob("*") if path.is_file()}
     assert f"files/md5/{revision[:2]}/{revision[2:]}" in pushed
 
