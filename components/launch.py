@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opensora.step import Report
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+POLL_S, STUCK_S = 10.0, 300.0  # between two looks at a job; a container may wait so long for what does not come
 POD = ("POD_NAME", "POD_UID")  # environment: the launcher's own, which the pipeline sets from its fields
 
 
@@ -108,7 +109,7 @@ def _on_cluster(config: "Config", stage: str, job: Job, how: Launch) -> None:
     )
     before = signal.signal(signal.SIGTERM, _stop)  # a cancelled run: the job is deleted on the way out
     try:
-        run(wanted, Cluster(wanted.namespace, say=lambda line: print(line, flush=True)))
+        run(wanted, Cluster(wanted.namespace, say=lambda line: print(line, flush=True)), POLL_S, STUCK_S)
     except JobError as error:
         fail(str(error))
     finally:
