@@ -90,7 +90,7 @@ def revision(allow_dirty: bool) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
             raise PipelineError(f"git {arguments[0]} failed in {ROOT}: {done.stderr.strip()}")
-        return done.stdout.strip()
+        return done.stdout.rstrip()
 
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
     if changed and not allow_dirty:
