@@ -53,6 +53,9 @@ def test_a_step_that_the_profile_lacks_leaves_an_empty_manifest(tmp_path: Path) 
     job = {"profile": "h800", "overrides": [], "workdir": str(tmp_path), "data_revision": "", "code_revision": ""}
     data.demo_videos.python_func(**job, manifest=made)
     assert json.loads(Path(made.path).read_text())["uri"] == ""
+    models = artifact(tmp_path, "demo_models")
+    data.demo_models.python_func(made, **job, manifest=models)
+    assert json.loads(Path(models.path).read_text())["uri"] == ""
 
 
 def test_the_reason_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
