@@ -1,4 +1,4 @@
-# setup, setup-colossalai, demo, test, lint, clean: everything runs inside .venv, which `setup` makes.
+# setup, setup-colossalai, demo, test, lint, images, clean: everything runs inside .venv, which `setup` makes.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup setup-colossalai demo test lint clean
+.PHONY: setup setup-colossalai demo test lint images clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint components/images/Containerfile
+
+# BASE: a Debian 12 image, else debootstrap makes one. REGISTRY: where they are pushed to.
+images: setup
+	$(BIN)/python components/images/build.py $(if $(BASE),--base $(BASE)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 clean:
 	rm -rf .venv $(COLOSSALAI) runs outputs .pytest_cache .mypy_cache .ruff_cache .dvc/cache .dvc/tmp

@@ -287,6 +287,15 @@ class EvaluateConfig(Section):
     fps: Positive = Field(8, description="frames a second of the samples")
     processes: Positive = Field(1, description="processes that share the prompts")
     seed: NonNegative = 0
+    videomae: str = Field("", description="folder below weights_dir: VideoMAE, for fvd_videomae; empty: not measured")
+    i3d: str = Field("", description="state dict below weights_dir: I3D, for fvd_i3d; empty: not measured")
+    inception: str = Field(
+        "",
+        description="below weights_dir: Inception's state dict, for fid_inception, or the folder of another encoder of "
+        "images, after which its FID is named; empty: not measured",
+    )
+    clip: str = Field("", description="folder below weights_dir: CLIP, for clip_score; empty: not measured")
+    vbench: str = Field("", description="python of an environment with vbench installed; empty: not run")
 
 
 class Gate(Section):

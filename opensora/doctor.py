@@ -129,6 +129,8 @@ def _weights(config: "Config") -> Iterator[Finding]:
     names = [config.encode.vae, config.encode.text_encoder]
     names += [config.caption.model] if config.caption.backend == "llava" else []
     names += [stage.init_from for stage in (config.train_image, config.train_video) if stage.init_from]
+    judges = config.evaluate
+    names += [name for name in (judges.videomae, judges.i3d, judges.inception, judges.clip) if name]
     for name in dict.fromkeys(names):
         try:
             yield Finding(f"weights {name}", "ok", str(find_weights(name, Path(config.weights_dir), config.offline)))

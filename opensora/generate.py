@@ -285,19 +285,8 @@ def generate(
         MemoryShort: the machine has too little memory; nothing was loaded.
     """
     out.mkdir(parents=True, exist_ok=True)
-    train = pipeline.checkpoint.train
-    settings: dict[str, Any] = {
-        **asdict(sampling),
-        "frames": train.frames,
-        "height": train.height,
-        "width": train.width,
-        "fps": fps,
-        "form": form,
-        "dtype": pipeline.dtype,
-        "checkpoint": pipeline.checkpoint.sha256,
-    }
-    wanted: list[dict[str, Any]] = [
-        {"prompt": text, "seed": seed} | settings for text, seed in zip(prompts, seeds, strict=True)
+    wanted = [
+        describe_clip(pipeline, text, seed, sampling, fps, form) for text, seed in zip(prompts, seeds, strict=True)
     ]
     finished = {_key(line): out / line["file"] for line in _read_record(out / RECORD)}
     left = []
@@ -323,6 +312,25 @@ def generate(
                 path = write_clip(out / _file_name(item), frames, fps, note=json.dumps(item), form=form)
                 _append_record(out / RECORD, item | {"file": path.name})
                 yield path
+
+
+def describe_clip(
+    pipeline: Pipeline, prompt: str, seed: int, sampling: Sampling, fps: int, form: Form = "mp4"
+) -> dict[str, Any]:
+    """All that makes one file, as its metadata say it."""
+    train = pipeline.checkpoint.train
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        **asdict(sampling),
+        "frames": train.frames,
+        "height": train.height,
+        "width": train.width,
+        "fps": fps,
+        "form": form,
+        "dtype": pipeline.dtype,
+        "checkpoint": pipeline.checkpoint.sha256,
+    }
 
 
 def needs(pipeline: Pipeline, sampling: Sampling, batch_size: int) -> Generation:

@@ -114,6 +114,23 @@ def check_memory(generation: Generation, device: str) -> None:
     )
 
 
+def check_resident_memory(generation: Generation, device: str) -> None:
+    """Refuse to hold the text encoder, the model and the VAE in memory together where they do not fit.
+
+    Raises:
+        MemoryShort: says what is needed and what is free.
+    """
+    parts = generation.parts()
+    text = sum(parts["text"].values())
+    needed = BASE + text + max(sum(parts[phase].values()) for phase in ("sampling", "decoding"))
+    free = free_memory(device)
+    if needed > free:
+        raise MemoryShort(
+            f"this model needs about {needed / GIB:.1f} GiB of memory with its text encoder ({text / GIB:.1f} GiB) "
+            f"kept beside it, and {free / GIB:.1f} GiB are free on {device}; free some, or take a machine with more"
+        )
+
+
 def _smaller(generation: Generation) -> Iterator[tuple[str, Generation]]:
     """Settings that need less, the least painful first."""
     while generation.batch_size > 1:

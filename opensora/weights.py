@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from opensora.config import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 
 class WeightsError(UserError):
@@ -126,6 +128,46 @@ def load_strict(
     )
 
 
+def load_pretrained(
+    kind: "type[PreTrainedModel]", folder: Path, dtype: "torch.dtype", optional: Sequence[str] = ()
+) -> "PreTrainedModel":
+    """A model of Transformers from the files of a local folder, for inference.
+
+    Args:
+        kind: its class, or an `AutoModel`.
+        optional: patterns of names that may be missing, since nobody asks for what they make.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or a tensor is missing or of another shape, where Transformers would
+            go on with random values.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of what a folder holds beside this model
+    try:
+        model, report = kind.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # Transformers raises anything for files that are missing, damaged or do not fit
+        raise WeightsError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = [name for name in sorted(report["missing_keys"]) if not any(fnmatchcase(name, p) for p in optional)]
+    wrong = [f"missing {name}" for name in missing]
+    mismatched = sorted(report["mismatched_keys"])
+    wrong += [f"{name} is {list(found)}, expected {list(own)}" for name, found, own in mismatched]
+    if wrong:
+        raise WeightsError(f"the weights in {folder} do not fit {type(model).__name__}: {'; '.join(wrong)}")
+    return model.eval()
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error of a library, whose whole text can be a page."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def _is_meta(module: "nn.Module") -> bool:
     """Whether the module was built without memory: then it takes the tensors over instead of copying them."""
     return any(parameter.is_meta for parameter in module.parameters())
@@ -137,4 +179,15 @@ def hash_file(path: Path) -> str:
     with path.open("rb") as handle:
         while block := handle.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_model(path: Path) -> str:
+    """sha256 of a file, or of all weights (safetensors, bin) and JSON files right in a folder, with their names."""
+    if path.is_file():
+        return hash_file(path)
+    digest = sha256()
+    for part in sorted(path.iterdir()):
+        if part.suffix in (".safetensors", ".bin", ".json"):
+            digest.update(f"{part.name}\0{hash_file(part)}\n".encode())
     return digest.hexdigest()

@@ -95,9 +95,10 @@ def test_missing_weights_and_gpu_are_named_with_what_to_do(tmp_path: Path, monke
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    findings = {finding.name: finding for finding in examine(load_config(PARAMS, "single_gpu"), tmp_path)}
+    config = load_config(PARAMS, "single_gpu", ("evaluate.videomae=videomae-base",))
+    findings = {finding.name: finding for finding in examine(config, tmp_path)}
     assert findings["GPU"].state == "failure"
-    for name in ("vae", "t5", "llava"):
+    for name in ("vae", "t5", "llava", "videomae-base"):
         assert findings[f"weights {name}"].state == "failure"
         assert f"weights/{name}" in findings[f"weights {name}"].advice
 

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from opensora.weights import WeightsError, hash_file, load_strict
 VERSION = 2
 INFO = "checkpoint.json"
 MODEL, EMA, OPTIMIZER, RNG = (f"{name}.safetensors" for name in ("model", "ema", "optimizer", "rng"))
+SAMPLED = (MODEL, EMA)  # what sampling reads; a copy that only samples may lack the rest
 POSITIONS = ("pos_embed", "pos_embed_temporal")  # the model's own, as they follow its size
 PREFIX = "step-"
 DAMAGED = "damaged-"
@@ -162,8 +163,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{PREFIX}[0-9]*"), key=step_of, reverse=True)
 
 
-def read_info(folder: Path, verify: bool = True) -> dict:
+def read_info(folder: Path, verify: bool = True, only: Collection[str] | None = None) -> dict:
     """The checkpoint's own description.
+
+    Args:
+        verify: read the files and compare their hashes.
+        only: names of files; the others are not looked at.
 
     Raises:
         CheckpointError: of another version.
@@ -183,11 +188,16 @@ def read_info(folder: Path, verify: bool = True) -> dict:
     if info["sha256"] != fingerprint(info["files"]):
         raise DamagedError(f"{folder / INFO} was changed by hand: its sha256 is not that of the files it lists")
     for name, expected in info["files"].items() if verify else ():
+        if only is not None and name not in only:
+            continue
         path = folder / name
         if not path.is_file():
             raise DamagedError(f"{folder} is damaged: {name} is missing")
-        if hash_file(path) != expected:
-            raise DamagedError(f"{folder} is damaged: {name} has another sha256 than recorded")
+        found = hash_file(path)
+        if found != expected:
+            raise DamagedError(
+                f"{folder} is damaged: {name} has another sha256 than recorded: found {found}, expected {expected}"
+            )
     return info
 
 
@@ -272,7 +282,7 @@ def load_weights(model: STDiT, folder: Path, weights: Literal["ema", "model"]) -
 
 
 def describe_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint's description, its files' hashes verified and its weights not loaded yet.
+    """A checkpoint's description, the hashes of what sampling reads verified and its weights not loaded yet.
 
     Args:
         folder: a `step-N` folder, or one that holds `step-N` folders or `checkpoints/` (the newest is taken).
@@ -284,7 +294,7 @@ def describe_checkpoint(folder: Path) -> Checkpoint:
     search = not (folder / INFO).is_file()
     if search:
         folder = newest_checkpoint(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
-    info = read_info(folder, verify=not search)  # what was searched for is verified already
+    info = read_info(folder, verify=not search, only=SAMPLED)  # what was searched for is verified already
     return Checkpoint(folder, build_config(info["config"]), info["stage"], info["step"], info["sha256"], info)
 
 

@@ -1,9 +1,11 @@
-"""The Fréchet distance against closed forms."""
+"""The Fréchet distance against closed forms and the matrix root, and statistics that are kept in files."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from opensora.metrics.frechet import frechet_distance
+from opensora.metrics.frechet import Statistics, frechet_distance
 
 RNG = np.random.default_rng(0)
 
@@ -16,9 +18,18 @@ def whitened(count: int, width: int) -> np.ndarray:
     return x @ vectors / np.sqrt(values) @ vectors.T
 
 
+def by_matrix_root(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy.linalg import sqrtm
+
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real))
+
+
 def test_one_dimension() -> None:
     x = whitened(500, 1)
     assert frechet_distance(x, 4 * x + 3) == pytest.approx(9 + 9)  # (μ1 − μ2)² + (σ1 − σ2)²
+    standard = Statistics.from_moments(np.zeros(1), np.eye(1), 100)
+    assert frechet_distance(standard, Statistics.from_moments(np.full(1, 3.0), np.full((1, 1), 4.0), 100)) == 10
 
 
 def test_commuting_covariances() -> None:
@@ -27,21 +38,127 @@ def test_commuting_covariances() -> None:
 
 
 @pytest.mark.parametrize("count", [8, 40])
-def test_identical_sets_are_at_zero(count: int) -> None:
-    x = RNG.normal(size=(count, 16))
+def test_identical_sets_are_at_zero_and_order_does_not_matter(count: int) -> None:
+    x, y = RNG.normal(size=(count, 16)), RNG.normal(size=(11, 16)) * 3
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-12)
+    turn = np.linalg.qr(RNG.normal(size=(16, 16)))[0]
+    assert frechet_distance(x @ turn, y @ turn) == pytest.approx(frechet_distance(x, y), rel=1e-9)
 
 
-def test_both_forms_equal_the_matrix_root() -> None:
-    from scipy.linalg import sqrtm
-
-    for count in (12, 80):  # fewer samples than channels, and more
-        x, y = RNG.normal(size=(count, 20)), RNG.normal(size=(count, 20)) * 2 + 1
-        a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-        expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
-        assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize(("n", "m"), [(12, 15), (80, 60), (12, 80)])
+def test_all_forms_equal_the_matrix_root(n: int, m: int) -> None:
+    """Fewer samples than channels, more, and one set of each; the root of a singular matrix is rough."""
+    x, y = RNG.normal(size=(n, 20)), RNG.normal(size=(m, 20)) * 2 + 1
+    assert frechet_distance(x, y) == pytest.approx(by_matrix_root(x, y), rel=1e-9 if min(n, m) > 20 else 1e-4)
 
 
-def test_bad_shapes() -> None:
-    with pytest.raises(ValueError, match="of one D"):
-        frechet_distance(np.zeros((4, 2)), np.zeros((4, 3)))
+def test_the_size_at_which_distances_are_taken() -> None:
+    mix = RNG.normal(size=(768, 768)) / 28
+    x, y = RNG.normal(size=(2048, 768)) @ mix, RNG.normal(size=(2048, 768)) @ mix * 1.1 + 0.1
+    assert frechet_distance(x, y) == pytest.approx(by_matrix_root(x, y), abs=1e-6)
+
+
+def test_dead_channels_and_float32() -> None:
+    """A network's channel that is always 0 makes the covariance singular; the others count as without it."""
+    x, y = (RNG.normal(size=(200, 12)).astype(np.float32) for _ in range(2))
+    expected = frechet_distance(x, y)
+    dead = [np.insert(part, [3, 7], 0, axis=1) for part in (x, y)]
+    assert frechet_distance(*dead) == pytest.approx(expected, abs=1e-9)
+    moved = [part.astype(np.float64) + 1e6 for part in (x, y)]  # where float32 would keep one digit of the differences
+    assert frechet_distance(*moved) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [9, 200])
+def test_batches_equal_the_whole(count: int) -> None:
+    x, y = RNG.normal(size=(count, 16)) + 100, RNG.normal(size=(33, 16))
+    whole = Statistics.from_features(x)
+    parts = Statistics.from_batches(np.array_split(x, 7))
+    assert parts.count == count
+    np.testing.assert_allclose(parts.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(parts.covariance, np.cov(x, rowvar=False), atol=1e-10)
+    assert parts.root.shape == (min(count, 16), 16)
+    assert frechet_distance(parts, y) == pytest.approx(frechet_distance(whole, y), rel=1e-10)
+    moments = Statistics.from_moments(whole.mean, whole.covariance, count)
+    assert frechet_distance(moments, y) == pytest.approx(frechet_distance(x, y), abs=1e-5)
+
+
+def test_more_samples_than_channels_are_not_kept() -> None:
+    import tracemalloc
+
+    batches = (np.random.default_rng(index).normal(size=(500, 8)) for index in range(100))
+    tracemalloc.start()
+    try:
+        statistics = Statistics.from_batches(batches)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert statistics.count == 50_000
+    assert peak < 50_000 * 8 * 8 / 4
+
+
+def test_a_file_keeps_every_bit(tmp_path: Path) -> None:
+    saved = Statistics.from_features(RNG.normal(size=(30, 5)), "videomae", "abc")
+    path = tmp_path / "reference.npz"
+    saved.save(path)
+    found = Statistics.load(path, extractor="videomae", data="abc")
+    assert (found.count, found.extractor, found.data) == (30, "videomae", "abc")
+    np.testing.assert_array_equal(found.mean, saved.mean)
+    np.testing.assert_array_equal(found.root, saved.root)
+    assert [part.name for part in tmp_path.iterdir()] == ["reference.npz"]
+    with pytest.raises(ValueError, match="of extractor 'videomae', expected 'i3d'"):
+        Statistics.load(path, extractor="i3d")
+    with pytest.raises(ValueError, match="of data 'abc', expected 'abd'"):
+        Statistics.load(path, data="abd")
+    with pytest.raises(FileNotFoundError):
+        Statistics.load(tmp_path / "absent.npz")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    Statistics.from_features(RNG.normal(size=(30, 5))).save(path)
+    whole = path.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", whole[:300] + b"\xff" * 40 + whole[340:], b"not an archive"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match="delete it"):
+            Statistics.load(path)
+    pickled = {"count": 3, "mean": np.array([print], object), "root": np.zeros((1, 1)), "extractor": "", "data": ""}
+    np.savez(path, format=1, **pickled)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        Statistics.load(path)
+    np.savez(path, **pickled | {"format": 2, "mean": np.zeros(1)})
+    with pytest.raises(ValueError, match=r"another version \(format 2, expected 1\)"):
+        Statistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (np.zeros((4, 2)), np.zeros((4, 3)), "of one D, got 2 and 3"),
+        (np.zeros((1, 2)), np.zeros((4, 2)), "N ≥ 2, D.* got N 1"),
+        (np.zeros((0, 2)), np.zeros((4, 2)), "got N 0"),
+        (np.zeros(4), np.zeros((4, 2)), r"must be \[N, D\] of one D, got \[4\]"),
+        (np.array([[0, 1], [np.nan, 1], [2, np.inf]]), np.zeros((4, 2)), "2 of 3 samples .* not finite"),
+        (
+            Statistics.from_features(np.eye(3), "i3d"),
+            Statistics.from_features(np.eye(3), "videomae"),
+            "of 'i3d' and of 'videomae' do not compare",
+        ),
+    ],
+)
+def test_what_cannot_be_compared(first: np.ndarray, second: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(first, second)
+
+
+def test_moments_that_are_none() -> None:
+    for covariance, message in (
+        (np.array([[1.0, 5.0], [5.0, 1.0]]), "negative eigenvalue -4"),
+        (np.array([[1.0, 0.5], [0.0, 1.0]]), "not symmetric"),
+        (np.array([[np.nan, 0.5], [0.5, 1.0]]), "not finite"),
+        (np.eye(3), r"covariance \[D, D\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Statistics.from_moments(np.zeros(2), covariance, 10)
+    with pytest.raises(ValueError, match=r"got \[3, 2\]"):
+        Statistics.from_batches([np.zeros((3, 4)), np.zeros((3, 2))])
