@@ -33,8 +33,8 @@ def run_local(name: str, workdir: Path, *options: str) -> str:
 
 
 def results(folder: Path) -> dict[str, tuple[int, int]]:
-    """State of every file that a step, the cache or the registry holds."""
-    places = [folder / name for name in (*ALL_STEPS, "videos", ".cache")] + [folder.parent / "registry"]
+    """State of every file that a step, the registry or the store of videos holds; caches keep an index up to date."""
+    places = [folder / name for name in (*ALL_STEPS, "videos")] + [folder.parent / "registry"]
     files = [path for place in places for path in place.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
