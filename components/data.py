@@ -9,11 +9,20 @@ from components.image_names import CAPTION, DATA
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
-def restore(revision: str, remote: str, profile: str, workdir: str, manifest: dsl.Output[dsl.Dataset]) -> None:
-    """Fetch a training set by its DVC revision, in the place of the steps that would make it."""
-    from components.step import restore_step
+def restore(
+    profile: str,
+    overrides: list,
+    workdir: str,
+    data_revision: str,
+    code_revision: str,
+    remote: str,
+    manifest: dsl.Output[dsl.Dataset],
+) -> str:
+    """Find a finished training set in the workdir, or fetch it by its DVC revision; returns the revision."""
+    from components.step import Job, restore_step
 
-    restore_step("encode", manifest, revision=revision, remote=remote, profile=profile, workdir=workdir)
+    job = Job(profile, overrides, workdir, data_revision, code_revision)
+    return restore_step("encode", manifest, job, remote)
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
@@ -38,11 +47,13 @@ def _share(
     profile: str,
     overrides: list,
     workdir: str,
+    data_revision: str,
+    code_revision: str,
 ) -> None:
-    """Every n-th shard of a data step."""
-    from components.step import run_share
+    """Every n-th shard of a data step. It leaves shards in the workdir; both revisions are for KFP's cache."""
+    from components.step import Job, run_share
 
-    run_share(step, [before, models], share, profile=profile, overrides=overrides, workdir=workdir)
+    run_share(step, [before, models], share, Job(profile, overrides, workdir, data_revision, code_revision))
 
 
 data_share = dsl.component(_share, base_image=DATA, install_kfp_package=False)
@@ -54,14 +65,14 @@ def demo_videos(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     manifest: dsl.Output[dsl.Dataset],
 ) -> None:
     """Render the embedded world: videos of coloured shapes that move."""
-    from components.step import run
+    from components.step import Job, run
 
-    before = []
-    run("demo_videos", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+    run("demo_videos", [], manifest, Job(profile, overrides, workdir, data_revision, code_revision))
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
@@ -70,14 +81,14 @@ def download(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     manifest: dsl.Output[dsl.Dataset],
 ) -> None:
     """Fetch videos and check that they decode."""
-    from components.step import run
+    from components.step import Job, run
 
-    before = [demo_videos]
-    run("download", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+    run("download", [demo_videos], manifest, Job(profile, overrides, workdir, data_revision, code_revision))
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
@@ -86,14 +97,14 @@ def split(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     manifest: dsl.Output[dsl.Dataset],
 ) -> None:
     """Find shots and write them as normalised clips into tar shards."""
-    from components.step import run
+    from components.step import Job, run
 
-    before = [download]
-    run("split", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+    run("split", [download], manifest, Job(profile, overrides, workdir, data_revision, code_revision))
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
@@ -102,14 +113,14 @@ def score(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     manifest: dsl.Output[dsl.Dataset],
 ) -> None:
     """Score every clip, then drop by thresholds; the reason is recorded."""
-    from components.step import run
+    from components.step import Job, run
 
-    before = [split]
-    run("score", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+    run("score", [split], manifest, Job(profile, overrides, workdir, data_revision, code_revision))
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
@@ -118,14 +129,14 @@ def demo_models(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     manifest: dsl.Output[dsl.Dataset],
 ) -> None:
     """Train the tiny VAE and LLaVA and make the tiny T5 of the embedded world."""
-    from components.step import run
+    from components.step import Job, run
 
-    before = [score]
-    run("demo_models", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+    run("demo_models", [score], manifest, Job(profile, overrides, workdir, data_revision, code_revision))
 
 
 @dsl.component(base_image=CAPTION, install_kfp_package=False)
@@ -135,14 +146,14 @@ def caption(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     manifest: dsl.Output[dsl.Dataset],
 ) -> None:
     """Caption clips with LLaVA, or by a server that runs it."""
-    from components.step import run
+    from components.step import Job, run
 
-    before = [score, demo_models]
-    run("caption", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+    run("caption", [score, demo_models], manifest, Job(profile, overrides, workdir, data_revision, code_revision))
 
 
 @dsl.component(base_image=CAPTION, install_kfp_package=False)
@@ -152,11 +163,11 @@ def encode(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     manifest: dsl.Output[dsl.Dataset],
 ) -> None:
     """Write VAE latents of all frames and text embeddings into shards."""
-    from components.step import run
+    from components.step import Job, run
 
-    before = [caption, demo_models]
-    run("encode", before, manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
+    run("encode", [caption, demo_models], manifest, Job(profile, overrides, workdir, data_revision, code_revision))

@@ -11,49 +11,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from components.step import check, describe, fail, load, log_metrics, track
+from components.step import PARAMS, Job, check, describe, fail, log_metrics, params_file, reason_last, track, tracking
 
 if TYPE_CHECKING:
     from opensora.config import Config
+    from opensora.step import Report
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+POLL_S, STUCK_S = 10.0, 300.0  # between two looks at a job; a container may wait so long for what does not come
 POD = ("POD_NAME", "POD_UID")  # environment: the launcher's own, which the pipeline sets from its fields
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher of every stage is told."""
+    """What the launchers of all stages are told beside the job."""
 
-    profile: str
-    overrides: list[str]
-    workdir: str
-    revision: str
     image: str  # of the training pods; empty trains on this machine
     tracking_uri: str
     budget_dollars: float  # of the stage, as `opensora plan` counts it; 0: no limit
-    run_id: str  # of the pipeline's run: a retry finds the job of the try before by it
+    run_id: str  # of the pipeline's run: a retry finds the TrainJob of the try before by it
 
 
-def launch(stage: str, inputs: Sequence[Any], job: Launch, checkpoint: Any, metrics: Any) -> None:
+def launch(stage: str, inputs: Sequence[Any], job: Job, how: Launch, checkpoint: Any, metrics: Any) -> None:
     """Train the stage to its end and describe it in the artifacts; a failure ends the process with its reason."""
-    from opensora.config import UserError
     from opensora.step import read_report
 
-    track(job.tracking_uri, job.revision)
-    try:
+    track(how.tracking_uri, job)
+    with reason_last():
         for artifact in inputs:
             check(artifact)
-        config = load(job.profile, job.overrides)
-        check_budget(config, stage, job.budget_dollars)
-        if job.image and "KUBERNETES_SERVICE_HOST" in os.environ:
-            _on_cluster(config, stage, job)
+        config = job.load()
+        if finished_stage(config, stage, job):
+            print(f"{stage} is finished with these values: nothing to train")
         else:
-            _on_this_machine(config, stage, job)
-        folder = Path(job.workdir) / config.profile / stage
-        report = describe(checkpoint, stage, folder, job.revision, read_report(folder))
-    except UserError as error:
-        fail(str(error), error.exit_code)
-    log_metrics(metrics, report.metrics)
+            check_budget(config, stage, how.budget_dollars)
+            if how.image and "KUBERNETES_SERVICE_HOST" in os.environ:
+                _on_cluster(config, stage, job, how)
+            else:
+                _on_this_machine(config, stage, job)
+        report = describe(checkpoint, stage, job, read_report(job.folder(stage)))
+        log_metrics(metrics, report.metrics)
+
+
+def finished_stage(config: "Config", stage: str, job: Job) -> "Report | None":
+    """The report of the stage if an earlier run left it: nobody waits in a queue for GPUs to find that out."""
+    from opensora.chain import training_source
+    from opensora.training.stages import finished, stage_before
+
+    base, before = Path(job.workdir) / config.profile, stage_before(stage)
+    source = training_source(config, stage, base)
+    return finished(config, stage, source, base / before if before else None, base / stage)
 
 
 def check_budget(config: "Config", stage: str, dollars: float) -> None:
@@ -76,54 +83,63 @@ def check_budget(config: "Config", stage: str, dollars: float) -> None:
         )
 
 
-def arguments(stage: str, job: Launch) -> list[str]:
+def arguments(stage: str, job: Job) -> list[str]:
     """Of `opensora.launch`, on this machine as in a pod."""
     changes = [part for text in job.overrides for part in ("--set", text)]
     return [stage, "--profile", job.profile, "--workdir", job.workdir, *changes]
 
 
-def _on_cluster(config: "Config", stage: str, job: Launch) -> None:
+def _on_cluster(config: "Config", stage: str, job: Job, how: Launch) -> None:
     from components.trainjob import Cluster, JobError, TrainJob, run
 
     train = getattr(config, stage)
     gpus = min(train.processes, config.hardware.gpus_per_node)
-    key = hashlib.sha256(f"{job.run_id} {stage}".encode()).hexdigest()[:8]
+    key = hashlib.sha256(f"{how.run_id} {stage}".encode()).hexdigest()[:8]
     owner = {"name": os.environ[POD[0]], "uid": os.environ[POD[1]]} if all(name in os.environ for name in POD) else None
     wanted = TrainJob(
         name=f"{stage.replace('_', '-')}-{key}",
         namespace=NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.is_file() else "opensora",
         stage=stage,
-        image=job.image,
+        image=how.image,
         args=tuple(arguments(stage, job)),
         nodes=math.ceil(train.processes / gpus),
         gpus_per_node=gpus,
-        env={"MLFLOW_TRACKING_URI": job.tracking_uri, "OPENSORA_DATA_REVISION": job.revision},
+        env=tracking(how.tracking_uri, job) | {"OPENSORA_IMAGE": how.image},
         owner=owner,
     )
-    signal.signal(signal.SIGTERM, _stop)  # a cancelled run: the job is deleted on the way out
+    before = signal.signal(signal.SIGTERM, _stop)  # a cancelled run: the job is deleted on the way out
     try:
-        run(wanted, Cluster(wanted.namespace, say=lambda line: print(line, flush=True)))
+        run(wanted, Cluster(wanted.namespace, say=lambda line: print(line, flush=True)), POLL_S, STUCK_S)
     except JobError as error:
         fail(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _on_this_machine(config: "Config", stage: str, job: Launch) -> None:
+def _on_this_machine(config: "Config", stage: str, job: Job) -> None:
     """The same command with the variables that Kubeflow Trainer would set; its last error is ours."""
     processes = getattr(config, stage).processes
     env = os.environ | {"PET_NNODES": "1", "PET_NPROC_PER_NODE": str(processes), "PET_NODE_RANK": "0"}
+    env |= {PARAMS: str(params_file())}
     command = [sys.executable, "-m", "opensora.launch", *arguments(stage, job)]
     child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))
     reason = ""
-    assert child.stdout
-    for line in child.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("error: "):
-            reason = line.removeprefix("error: ").strip()
-    code = child.wait()
+    try:
+        assert child.stdout
+        for line in child.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("error: "):
+                reason = line.removeprefix("error: ").strip()
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if child.poll() is None:
+            child.terminate()  # it writes a checkpoint
+            child.wait()
     if code:
         fail(reason or f"{stage} ended with exit code {code}", code if code > 0 else 128 - code)

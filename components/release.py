@@ -8,12 +8,28 @@ from components.image_names import EVALUATE
 
 
 @dsl.component(base_image=EVALUATE, install_kfp_package=False)
+def trained(
+    profile: str,
+    overrides: list,
+    workdir: str,
+    data_revision: str,
+    code_revision: str,
+    checkpoint: dsl.Output[dsl.Model],
+) -> None:
+    """Find the last training stage that an earlier run finished in the workdir."""
+    from components.step import Job, find_step
+
+    find_step("train_highres", checkpoint, Job(profile, overrides, workdir, data_revision, code_revision))
+
+
+@dsl.component(base_image=EVALUATE, install_kfp_package=False)
 def evaluate(
     checkpoint: dsl.Input[dsl.Model],
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     tracking_uri: str,
     manifest: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
@@ -21,16 +37,14 @@ def evaluate(
 ) -> None:
     """Generate fixed prompts with every stage, measure, and show them."""
     import shutil
-    from pathlib import Path
 
-    from components.step import log_metrics, run, track
+    from components.step import Job, log_metrics, run, track
 
-    track(tracking_uri, revision)
-    report = run(
-        "evaluate", [checkpoint], manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision
-    )
+    job = Job(profile, overrides, workdir, data_revision, code_revision)
+    track(tracking_uri, job)
+    report = run("evaluate", [checkpoint], manifest, job)
     log_metrics(metrics, report.metrics)
-    shutil.copyfile(Path(workdir) / profile / "evaluate" / "gallery.html", gallery.path)
+    shutil.copyfile(job.folder("evaluate") / "gallery.html", gallery.path)
 
 
 @dsl.component(base_image=EVALUATE, install_kfp_package=False)
@@ -39,7 +53,8 @@ def promote(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     tracking_uri: str,
     manifest: dsl.Output[dsl.Dataset],
     gate: dsl.Output[dsl.Markdown],
@@ -48,13 +63,12 @@ def promote(
     import json
     import shutil
     from collections import namedtuple
-    from pathlib import Path
 
-    from components.step import run, track
+    from components.step import Job, run, track
 
-    track(tracking_uri, revision)
-    run("promote", [evaluate], manifest, profile=profile, overrides=overrides, workdir=workdir, revision=revision)
-    folder = Path(workdir) / profile / "promote"
-    shutil.copyfile(folder / "gate.md", gate.path)
-    verdict = json.loads((folder / "gate.json").read_text())["verdict"]
+    job = Job(profile, overrides, workdir, data_revision, code_revision)
+    track(tracking_uri, job)
+    run("promote", [evaluate], manifest, job)
+    shutil.copyfile(job.folder("promote") / "gate.md", gate.path)
+    verdict = json.loads((job.folder("promote") / "gate.json").read_text())["verdict"]
     return namedtuple("Verdict", ["promoted"])(verdict == "promoted")

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,110 +19,135 @@ if TYPE_CHECKING:
     from opensora.config import Config
     from opensora.step import Report
 
-PARAMS = "OPENSORA_PARAMS"  # environment: where params.yaml lies; images hold it beside the code
+PARAMS = "OPENSORA_PARAMS"  # environment: where params.yaml lies, for commands too; images hold it beside the code
 
 
-def load(profile: str, overrides: Sequence[str]) -> "Config":
-    """The resolved profile of the params.yaml that belongs to this code."""
-    from opensora.config import load_config
+@dataclass(frozen=True)
+class Job:
+    """What the components of a run are all told."""
 
-    path = Path(os.environ.get(PARAMS) or Path(__file__).resolve().parents[1] / "params.yaml")
-    return load_config(path, profile, tuple(overrides))
+    profile: str
+    overrides: list[str]  # as `--set` takes them
+    workdir: str  # the folder that all of them see
+    data_revision: str  # as DVC or the pipeline's caller names the data
+    code_revision: str  # commit that the images were made of
+
+    def load(self, *changes: str) -> "Config":
+        """The resolved profile, with the overrides and then `changes`."""
+        from opensora.config import load_config
+
+        return load_config(params_file(), self.profile, (*self.overrides, *changes))
+
+    def folder(self, step: str) -> Path:
+        """Where a finished step lies."""
+        return Path(self.workdir) / self.profile / step
 
 
-def run(
-    step: str,
-    inputs: Sequence[Any],
-    manifest: Any,
-    *,
-    profile: str,
-    overrides: Sequence[str],
-    workdir: str,
-    revision: str,
-) -> "Report":
-    """Run the step and describe its result in the artifact `manifest`; a user's error ends the process with its reason.
+def params_file() -> Path:
+    """The params.yaml that belongs to this code."""
+    return Path(os.environ.get(PARAMS) or Path(__file__).resolve().parents[1] / "params.yaml")
+
+
+@contextmanager
+def reason_last() -> Iterator[None]:
+    """What ends the component is the last line of its log; behind a traceback where no user can mend it."""
+    from opensora.config import UserError
+    from opensora.step import UNWRITABLE
+
+    try:
+        yield
+    except UserError as error:
+        fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            traceback.print_exc()
+        fail(UNWRITABLE.get(error.errno or 0) or f"{type(error).__name__}: {error}")
+    except Exception as error:
+        traceback.print_exc()
+        fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def run(step: str, inputs: Sequence[Any], manifest: Any, job: Job) -> "Report":
+    """Run the step and describe its result in the artifact `manifest`; a failure ends the process with its reason.
 
     Args:
-        inputs: artifacts of the steps before; each is checked against what lies in `workdir`.
-        revision: of the data, as DVC or the pipeline's caller names it; it travels on.
+        inputs: artifacts of the steps before; each is checked against what lies in the workdir.
     """
     from opensora.chain import chain_steps, run_step
-    from opensora.config import UserError
     from opensora.step import Report
 
-    try:
+    with reason_last():
         for artifact in inputs:
             check(artifact)
-        config = load(profile, overrides)
+        config = job.load()
         if step not in chain_steps(config):  # the embedded world's steps, for videos of one's own
-            print(f"{step} is not part of profile {profile}: nothing to do")
-            return describe(manifest, step, None, revision, Report(step))
-        report = run_step(step, config, Path(workdir))
-    except UserError as error:
-        fail(str(error), error.exit_code)
-    print(f"{step}: {report.kept} of {report.total} kept in {report.seconds:.1f} s")
-    return describe(manifest, step, Path(workdir) / config.profile / step, revision, report)
+            print(f"{step} is not part of profile {job.profile}: nothing to do")
+            return describe(manifest, step, job, Report(step), there=False)
+        report = run_step(step, config, Path(job.workdir))
+        print(f"{step}: {report.kept} of {report.total} kept in {report.seconds:.1f} s")
+        return describe(manifest, step, job, report)
 
 
-def run_share(
-    step: str, inputs: Sequence[Any], share: str, *, profile: str, overrides: Sequence[str], workdir: str
-) -> None:
+def run_share(step: str, inputs: Sequence[Any], share: str, job: Job) -> None:
     """Work on every n-th shard of a step alone, as in share "3/8"; the step itself finds them done and finishes."""
     from opensora.chain import run_step
-    from opensora.config import UserError
     from opensora.step import ShareDone
 
-    try:
+    with reason_last():
         for artifact in inputs:
             check(artifact)
-        run_step(step, load(profile, [*overrides, f"executor.share={share}"]), Path(workdir))
-    except ShareDone as done:
-        print(f"{step}: {done}")
-    except UserError as error:
-        fail(str(error), error.exit_code)
+        try:
+            run_step(step, job.load(f"executor.share={share}"), Path(job.workdir))
+        except ShareDone as done:
+            print(f"{step}: {done}")
 
 
 def version_step(artifact: Any, remote: str) -> str:
     """Push what an artifact names to a DVC remote; returns its revision, or its fingerprint without a remote."""
     from components.versions import push
-    from opensora.config import UserError
 
-    try:
+    with reason_last():
         value = check(artifact)
         return push(Path(value["uri"]), remote) if remote else value["fingerprint"]
-    except UserError as error:
-        fail(str(error), error.exit_code)
 
 
-def restore_step(step: str, manifest: Any, *, revision: str, remote: str, profile: str, workdir: str) -> None:
-    """Fetch a finished step by its DVC revision and describe it in the artifact `manifest`."""
+def restore_step(step: str, manifest: Any, job: Job, remote: str) -> str:
+    """Fetch a step by the job's data revision, or find it in the workdir without a remote; returns its revision."""
     from components.versions import pull
-    from opensora.config import UserError
+
+    with reason_last():
+        if remote:
+            pull(job.folder(step), job.data_revision, remote)
+        return find_step(step, manifest, job)
+
+
+def find_step(step: str, artifact: Any, job: Job) -> str:
+    """Describe a step that an earlier run finished; returns the data's revision, or the step's fingerprint."""
     from opensora.step import read_report
 
-    folder = Path(workdir) / profile / step
-    try:
-        pull(folder, revision, remote)
-        describe(manifest, step, folder, revision, read_report(folder))
-    except UserError as error:
-        fail(str(error), error.exit_code)
+    with reason_last():
+        describe(artifact, step, job, read_report(job.folder(step)))
+        return job.data_revision or json.loads(Path(artifact.path).read_text())["fingerprint"]
 
 
-def describe(artifact: Any, step: str, folder: Path | None, revision: str, report: "Report") -> "Report":
+def describe(artifact: Any, step: str, job: Job, report: "Report", there: bool = True) -> "Report":
     """Write what an artifact says of a finished step, or of one that left nothing."""
     from opensora.step import FINGERPRINT
 
+    folder = job.folder(step)
     value = {
         "step": step,
-        "uri": str(folder or ""),
-        "revision": revision,
-        "fingerprint": json.loads((folder / FINGERPRINT).read_text()) if folder else "",
+        "uri": str(folder) if there else "",
+        "data_revision": job.data_revision,
+        "code_revision": job.code_revision,
+        "fingerprint": json.loads((folder / FINGERPRINT).read_text()) if there else "",
         "report": asdict(report),
     }
     path = Path(artifact.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True))
-    artifact.metadata.update({"kept": report.kept, "total": report.total, "revision": revision, "folder": value["uri"]})
+    names = ("uri", "data_revision", "code_revision")
+    artifact.metadata.update({"kept": report.kept, "total": report.total} | {name: value[name] for name in names})
     return report
 
 
@@ -164,12 +191,20 @@ def log_metrics(artifact: Any, values: Mapping[str, float]) -> None:
     path.write_text(json.dumps(finite))
 
 
-def track(uri: str, revision: str) -> None:
-    """Let the steps of this process log to that MLflow server, and tag what they log with the data's revision.
+def track(uri: str, job: Job) -> None:
+    """Let the steps of this process log to that MLflow server, and tag what they log with the two revisions.
 
     Args:
         uri: empty keeps the store below the workdir.
     """
-    os.environ["OPENSORA_DATA_REVISION"] = revision
-    if uri:
-        os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ.update(tracking(uri, job))
+
+
+def tracking(uri: str, job: Job) -> dict[str, str]:
+    """The environment by which `opensora.tracking` knows where to log to, and of what data and code a run is."""
+    values = {
+        "OPENSORA_DATA_REVISION": job.data_revision,
+        "OPENSORA_REVISION": job.code_revision,
+        "MLFLOW_TRACKING_URI": uri,
+    }
+    return {name: value for name, value in values.items() if value}

@@ -11,7 +11,8 @@ def train_image(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     image: str,
     tracking_uri: str,
     budget_dollars: float,
@@ -21,9 +22,11 @@ def train_image(
 ) -> None:
     """Train the image stage."""
     from components.launch import Launch, launch
+    from components.step import Job
 
-    job = Launch(profile, overrides, workdir, revision, image, tracking_uri, budget_dollars, run_id)
-    launch("train_image", [encode], job, checkpoint, metrics)
+    job = Job(profile, overrides, workdir, data_revision, code_revision)
+    how = Launch(image, tracking_uri, budget_dollars, run_id)
+    launch("train_image", [encode], job, how, checkpoint, metrics)
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
@@ -33,7 +36,8 @@ def train_video(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     image: str,
     tracking_uri: str,
     budget_dollars: float,
@@ -43,9 +47,11 @@ def train_video(
 ) -> None:
     """Train the video stage from the image stage."""
     from components.launch import Launch, launch
+    from components.step import Job
 
-    job = Launch(profile, overrides, workdir, revision, image, tracking_uri, budget_dollars, run_id)
-    launch("train_video", [encode, train_image], job, checkpoint, metrics)
+    job = Job(profile, overrides, workdir, data_revision, code_revision)
+    how = Launch(image, tracking_uri, budget_dollars, run_id)
+    launch("train_video", [encode, train_image], job, how, checkpoint, metrics)
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
@@ -55,7 +61,8 @@ def train_highres(
     profile: str,
     overrides: list,
     workdir: str,
-    revision: str,
+    data_revision: str,
+    code_revision: str,
     image: str,
     tracking_uri: str,
     budget_dollars: float,
@@ -65,6 +72,8 @@ def train_highres(
 ) -> None:
     """Train the high-resolution stage from the video stage."""
     from components.launch import Launch, launch
+    from components.step import Job
 
-    job = Launch(profile, overrides, workdir, revision, image, tracking_uri, budget_dollars, run_id)
-    launch("train_highres", [encode, train_video], job, checkpoint, metrics)
+    job = Job(profile, overrides, workdir, data_revision, code_revision)
+    how = Launch(image, tracking_uri, budget_dollars, run_id)
+    launch("train_highres", [encode, train_video], job, how, checkpoint, metrics)

@@ -8,7 +8,7 @@ import typer
 Profile = Annotated[
     str | None, typer.Option("--profile", help="smoke, demo, single_gpu or h800; default: as in params.yaml.")
 ]
-Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+Params = Annotated[Path, typer.Option("--params", envvar="OPENSORA_PARAMS", help="Parameter file.")]
 Workdir = Annotated[Path, typer.Option("--workdir", help="Root of the results: WORKDIR/<profile>/<step>/.")]
 
 PARAMS = Path("params.yaml")

@@ -2,45 +2,57 @@
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipelines.compile import PIPELINES, PipelineError, compile_pipeline
+from pipelines.parameters import parameters_of
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="The chain as Kubeflow pipelines: data, training, release, or full for all of them.",
+    help="""The chain as Kubeflow pipelines.
+
+    \b
+    data      raw videos → training set: download, split, score, caption, encode
+    training  training set → three trained stages
+    release   trained stages → evaluated, judged, promoted or not
+    full      all of them
+
+    \b
+    opensora pipeline run-local                         # no cluster: the smoke chain, in two minutes
+    opensora pipeline compile full --images images.json -o full.yaml
+    opensora pipeline submit full --images images.json -p profile=h800 -p shares=32
+    opensora pipeline status RUN
+
+    docs/cluster.md leads from an empty cluster to a run. `opensora pipeline COMMAND --help` tells more.
+    """,
 )
 
 Name = Annotated[str, typer.Argument(help=f"One of {', '.join(PIPELINES)}.")]
 Parameters = Annotated[
     list[str] | None,
-    typer.Option("--parameter", "-p", help="A pipeline parameter, as in -p profile=h800 -p shares=16."),
+    typer.Option(
+        "--parameter",
+        "-p",
+        help="A parameter of the pipeline, as in -p profile=h800 -p shares=16; may be repeated. Values that are lists "
+        "are JSON. A name that does not exist shows all.",
+    ),
 ]
 Images = Annotated[
     Path | None, typer.Option("--images", help="JSON: name of each image → registry/name@sha256:…, of `make images`.")
 ]
-Host = Annotated[str, typer.Option("--host", envvar="KFP_HOST", help="Address of Kubeflow Pipelines.")]
+Host = Annotated[
+    str, typer.Option("--host", envvar="KFP_HOST", help="Address of the API; its token: KFP_TOKEN or KFP_TOKEN_FILE.")
+]
 Namespace = Annotated[str, typer.Option("--namespace", help="Where runs live.")]
-
-
-def parameters_of(texts: list[str] | None) -> dict[str, Any]:
-    """`shares=16` → {"shares": 16}; values in JSON form, else text."""
-    values: dict[str, Any] = {}
-    for text in texts or []:
-        name, sign, value = text.partition("=")
-        if not sign or not name:
-            raise PipelineError(f"--parameter {text!r}: expected name=value, as in profile=h800")
-        try:
-            values[name] = json.loads(value)
-        except json.JSONDecodeError:
-            values[name] = value
-    return values
+Run = Annotated[str, typer.Argument(help="Id of the run, as `submit` printed it.", metavar="RUN")]
+HOST, NAMESPACE = "http://localhost:8888", "opensora"
 
 
 def images_of(path: Path | None) -> dict[str, str]:
@@ -48,9 +60,12 @@ def images_of(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        images = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise PipelineError(f"--images {path}: {error}") from None
+    if not isinstance(images, dict):
+        raise PipelineError(f"--images {path}: expected an object, the name of each image → registry/name@sha256:…")
+    return images
 
 
 @app.command("compile")
@@ -60,8 +75,8 @@ def compile_command(
     images: Images = None,
     parameters: Parameters = None,
 ) -> None:
-    """Write a pipeline's YAML."""
-    loose = compile_pipeline(name, output, images_of(images), parameters_of(parameters))
+    """Write a pipeline's YAML, to look at or to upload by hand; parameters become its defaults."""
+    loose = compile_pipeline(name, output, images_of(images), parameters_of(parameters or [], name))
     print(f"{name} → {output}")
     if loose:
         print(f"not pinned by digest: {', '.join(loose)} (give --images FILE)")
@@ -73,57 +88,80 @@ def run_local_command(
     workdir: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/kfp"),
     parameters: Parameters = None,
 ) -> None:
-    """Run a compiled pipeline on this machine with KFP's own local runner; by default all of the smoke profile."""
+    """Run a compiled pipeline on this machine with KFP's own local runner; by default all of the smoke profile.
+
+    A second run of the same folder repeats nothing whose inputs did not change; a stopped one goes on.
+
+    \b
+    opensora pipeline run-local data -p 'overrides=["download.source=/data/videos"]'
+    opensora pipeline run-local training -p profile=smoke
+    """
     from pipelines.local import run_local
 
-    values = {"profile": "smoke", "workdir": str(workdir.resolve()), "shares": 2} | parameters_of(parameters)
+    given = parameters_of(parameters or [], name)
+    values = {"profile": "smoke", "workdir": str(workdir.resolve())} | ({"shares": 2} if takes_shares(name) else {})
     workdir.mkdir(parents=True, exist_ok=True)
     compiled = workdir / f"{name}.yaml"
     compile_pipeline(name, compiled, {}, {})
-    output = run_local(compiled, values, workdir / "artifacts")
-    print(f"{name}: {output}; results in {workdir}")
+    outputs = run_local(compiled, values | given, workdir / "artifacts")
+    said = ", ".join(str(getattr(value, "uri", value)) for value in outputs.values())
+    print(f"{name}: {said}; results in {workdir}")
+
+
+def takes_shares(name: str) -> bool:
+    """Whether the pipeline has loops over shards."""
+    return name in ("data", "full")
 
 
 @app.command()
 def submit(
     name: Name = "full",
-    host: Host = "http://localhost:8888",
-    namespace: Namespace = "opensora",
+    host: Host = HOST,
+    namespace: Namespace = NAMESPACE,
     images: Images = None,
     parameters: Parameters = None,
     experiment: Annotated[str, typer.Option(help="Experiment that the run belongs to.")] = "opensora",
+    page: Annotated[
+        str, typer.Option("--page", envvar="KFP_PAGE", help="Address of the web page, if it is not the API's.")
+    ] = "",
     allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Submit uncommitted code all the same.")] = False,
 ) -> None:
-    """Compile a pipeline, start a run of it, and print where it is shown."""
+    """Compile a pipeline, start a run of it, and print where it is shown.
+
+    A run names its code: a tree that differs from its commit, or an image without a digest, is refused.
+
+    \b
+    opensora pipeline submit full --images images.json -p profile=h800 -p workdir=/runs/first -p shares=32
+    """
     from pipelines import remote
 
     commit = remote.revision(allow_dirty)
+    values = {"code_revision": commit} | parameters_of(parameters or [], name)
     compiled = Path(".pipelines") / f"{name}-{commit[:9]}.yaml"
     loose = compile_pipeline(name, compiled, images_of(images), {})
     if loose:
         raise PipelineError(f"images not pinned by digest: {', '.join(loose)}; give --images FILE, of `make images`")
-    values = parameters_of(parameters)
-    if name in ("data", "full"):
-        values.setdefault("code_revision", commit)
-    run_id = remote.submit(remote.client(host, namespace), compiled, values, experiment, namespace)
-    print(f"run {run_id}\n{remote.url(host, run_id)}")
+    title = f"{name} {commit[:9]} {datetime.now():%Y-%m-%d %H:%M}"
+    run_id = remote.submit(host, namespace, compiled, values, experiment, title)
+    print(f"run {run_id}\n{remote.url(page or host, run_id)}")
+    print(f"next: opensora pipeline status {run_id}")
 
 
 @app.command()
-def status(run_id: str, host: Host = "http://localhost:8888", namespace: Namespace = "opensora") -> None:
-    """Say how far a run is, task by task."""
+def status(run: Run, host: Host = HOST, namespace: Namespace = NAMESPACE) -> None:
+    """Say how far a run is, task by task; a failed task says why."""
     from pipelines import remote
 
-    print(remote.status(remote.client(host, namespace), run_id))
+    print(remote.status(host, namespace, run))
 
 
 @app.command()
-def cancel(run_id: str, host: Host = "http://localhost:8888", namespace: Namespace = "opensora") -> None:
+def cancel(run: Run, host: Host = HOST, namespace: Namespace = NAMESPACE) -> None:
     """End a run; its training jobs are deleted, their checkpoints stay."""
     from pipelines import remote
 
-    remote.cancel(remote.client(host, namespace), run_id)
-    print(f"run {run_id} is being ended")
+    remote.cancel(host, namespace, run)
+    print(f"run {run} is being ended; the next run of the same workdir goes on from its checkpoints")
 
 
 def main(arguments: list[str]) -> None:
@@ -132,4 +170,9 @@ def main(arguments: list[str]) -> None:
         app(arguments, prog_name="opensora pipeline")
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("kfp", "kfp_server_api"):
+            raise
+        print("error: KFP is not installed: pip install 'opensora-workflow[kubeflow]'", file=sys.stderr)
         sys.exit(1)

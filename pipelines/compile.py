@@ -46,15 +46,15 @@ def compile_pipeline(name: str, output: Path, images: Mapping[str, str], paramet
     for image in images:
         if image not in IMAGES:
             raise PipelineError(f"unknown image {image!r}; one of {', '.join(IMAGES)}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.stem}.part.yaml")
     compiler.Compiler().compile(load(name), str(part), pipeline_parameters=dict(parameters))
-    documents = list(yaml.safe_load_all(part.read_text()))
+    documents = list(yaml.load_all(part.read_text(), yaml.CSafeLoader))  # ten times as fast as in Python
     part.unlink()
     used = set()
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         container = executor["container"]
         container["image"] = images.get(container["image"], container["image"])
         used.add(container["image"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(yaml.safe_dump_all(documents, sort_keys=True))
+    output.write_text(yaml.dump_all(documents, Dumper=yaml.CSafeDumper, sort_keys=True))
     return sorted(image for image in used if "@sha256:" not in image)

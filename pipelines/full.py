@@ -3,8 +3,8 @@
 from kfp import dsl
 
 from pipelines.data import data_pipeline
-from pipelines.release import release_pipeline
-from pipelines.training import training_pipeline
+from pipelines.release import verdict
+from pipelines.training import stages
 
 
 @dsl.pipeline(name="opensora-full", description="Raw videos in, a promoted text-to-video model out.")
@@ -15,22 +15,23 @@ def full_pipeline(
     data_revision: str = "",
     code_revision: str = "",
     shares: int = 4,
+    caption_on_gpu: bool = True,
+    remote: str = "",
     image: str = "",
     tracking_uri: str = "",
     budget_dollars: float = 0.0,
-    remote: str = "",
 ) -> bool:
     """The three pipelines, one after the other; see them for the parameters."""
-    common = {"profile": profile, "overrides": overrides, "workdir": workdir}
+    common = {"profile": profile, "overrides": overrides, "workdir": workdir, "code_revision": code_revision}
     made = data_pipeline(
-        **common, data_revision=data_revision, code_revision=code_revision, shares=shares, remote=remote
+        **common, data_revision=data_revision, shares=shares, caption_on_gpu=caption_on_gpu, remote=remote
     )
-    common["data_revision"] = made.outputs["revision"]
-    training = training_pipeline(
+    common["data_revision"] = made.outputs["data_revision"]
+    trained = stages(
         **common,
         encode=made.outputs["encode"],
         image=image,
         tracking_uri=tracking_uri,
         budget_dollars=budget_dollars,
     )
-    return release_pipeline(**common, checkpoint=training.output, tracking_uri=tracking_uri).output
+    return verdict(**common, checkpoint=trained.output, tracking_uri=tracking_uri).output

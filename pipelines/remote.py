@@ -1,14 +1,23 @@
 """Submit, look at and cancel runs on a Kubeflow Pipelines server."""
 
+import io
+import json
 import os
 import subprocess
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from pipelines.compile import PipelineError
 
+ROOT = Path(__file__).resolve().parents[1]
 SERVICE_ACCOUNT = "pipeline-runner"
+HEALTH = "/apis/v2beta1/healthz"
+WHERE = (
+    "give --host or KFP_HOST, as http://localhost:8888 behind `kubectl -n kubeflow port-forward svc/ml-pipeline 8888`"
+)
 
 
 def client(host: str, namespace: str) -> Any:
@@ -19,22 +28,55 @@ def client(host: str, namespace: str) -> Any:
     """
     import kfp
 
-    token = os.environ.get("KFP_TOKEN", "")
-    if not token and (name := os.environ.get("KFP_TOKEN_FILE")):
-        try:
-            token = Path(name).read_text().strip()
-        except OSError as error:
-            raise PipelineError(f"KFP_TOKEN_FILE names {name}, which cannot be read: {error.strerror}") from None
+    token = _token()
+    _greet(host.rstrip("/"), token)  # KFP's own greeting tries for half a minute, with a traceback each time
+    with warnings.catch_warnings(), _api(host):
+        warnings.simplefilter("ignore", FutureWarning)  # that it needs a server of version 2
+        return kfp.Client(host=host, namespace=namespace, existing_token=token or None)
+
+
+def _token() -> str:
+    token, name = os.environ.get("KFP_TOKEN", ""), os.environ.get("KFP_TOKEN_FILE", "")
+    if token or not name:
+        return token
     try:
-        made = kfp.Client(host=host, namespace=namespace, existing_token=token or None)
-        made.get_kfp_healthz()
-        return made
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PipelineError(
-            f"no Kubeflow Pipelines API at {host}: {reason}; give --host or KFP_HOST, as "
-            "http://localhost:8888 behind `kubectl port-forward -n kubeflow svc/ml-pipeline 8888`, and KFP_TOKEN"
-        ) from error
+        return Path(name).read_text().strip()
+    except OSError as error:
+        raise PipelineError(f"KFP_TOKEN_FILE names {name}, which cannot be read: {error.strerror}") from None
+
+
+def _greet(host: str, token: str) -> None:
+    import requests
+
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        answer = requests.get(host + HEALTH, headers=headers, timeout=20, allow_redirects=False)
+    except (requests.RequestException, ValueError) as error:
+        raise PipelineError(f"no Kubeflow Pipelines API at {host} ({type(error).__name__}); {WHERE}") from error
+    if answer.status_code in (301, 302, 401, 403):  # a sign-in page redirects
+        what = "refuses the token of KFP_TOKEN or KFP_TOKEN_FILE" if token else "wants a token: set KFP_TOKEN"
+        raise PipelineError(f"Kubeflow Pipelines at {host} {what} (HTTP {answer.status_code})")
+    if answer.status_code != 200 or "json" not in answer.headers.get("Content-Type", ""):
+        raise PipelineError(f"{host} is no Kubeflow Pipelines API (HTTP {answer.status_code}); {WHERE}")
+
+
+@contextmanager
+def _api(host: str) -> Iterator[None]:
+    """A refusal of the server, or its absence, as one line; what KFP's client prints is left out."""
+    from kfp_server_api import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    except ApiException as error:
+        try:
+            said = json.loads(error.body)["message"]
+        except (TypeError, ValueError, KeyError):
+            said = error.reason
+        raise PipelineError(f"Kubeflow Pipelines at {host} says: {said} (HTTP {error.status})") from error
+    except HTTPError as error:
+        raise PipelineError(f"the connection to {host} was lost ({type(error).__name__}); try again") from error
 
 
 def revision(allow_dirty: bool) -> str:
@@ -43,13 +85,12 @@ def revision(allow_dirty: bool) -> str:
     Raises:
         PipelineError: files differ from it, and nobody allowed that: the run could not be repeated.
     """
-    root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise PipelineError(f"git {arguments[0]} failed in {root}: {done.stderr.strip()}")
-        return done.stdout.strip()
+            raise PipelineError(f"git {arguments[0]} failed in {ROOT}: {done.stderr.strip()}")
+        return done.stdout.rstrip()
 
     commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
     if changed and not allow_dirty:
@@ -60,34 +101,43 @@ def revision(allow_dirty: bool) -> str:
     return commit + ("-dirty" if changed else "")
 
 
-def submit(kfp_client: Any, compiled: Path, parameters: Mapping[str, Any], experiment: str, namespace: str) -> str:
-    """Start a run; returns its id."""
-    run = kfp_client.create_run_from_pipeline_package(
-        str(compiled),
-        arguments=dict(parameters),
-        experiment_name=experiment,
-        namespace=namespace,
-        service_account=SERVICE_ACCOUNT,
-    )
+def submit(host: str, namespace: str, compiled: Path, parameters: Mapping[str, Any], experiment: str, name: str) -> str:
+    """Start a run of that name; returns its id."""
+    made = client(host, namespace)
+    with _api(host):
+        run = made.create_run_from_pipeline_package(
+            str(compiled),
+            arguments=dict(parameters),
+            run_name=name,
+            experiment_name=experiment,
+            namespace=namespace,
+            service_account=SERVICE_ACCOUNT,
+        )
     return run.run_id
 
 
-def url(host: str, run_id: str) -> str:
+def url(page: str, run_id: str) -> str:
     """Where the run is shown."""
-    return f"{host.rstrip('/')}/#/runs/details/{run_id}"
+    return f"{page.rstrip('/')}/#/runs/details/{run_id}"
 
 
-def status(kfp_client: Any, run_id: str) -> str:
-    """State of a run and of its tasks, a line each."""
-    run = kfp_client.get_run(run_id)
-    lines = [f"{run.display_name}: {run.state}"]
-    for task in (run.run_details.task_details if run.run_details else None) or []:
-        if task.display_name and task.state:
-            error = f"  {task.error.message}" if task.error else ""
-            lines.append(f"  {task.display_name}: {task.state}{error}")
-    return "\n".join(lines)
+def status(host: str, namespace: str, run_id: str) -> str:
+    """State of a run and of its tasks, a line each, in the order in which they began; what failed says why."""
+    made = client(host, namespace)
+    with _api(host):
+        run = made.get_run(run_id)
+    tasks = [task for task in (run.run_details and run.run_details.task_details) or [] if task.state]
+    tasks.sort(key=lambda task: str(task.start_time or task.create_time or ""))
+    return "\n".join([_line(run), *(f"  {_line(task)}" for task in tasks)])
 
 
-def cancel(kfp_client: Any, run_id: str) -> None:
+def _line(run_or_task: Any) -> str:
+    error = run_or_task.error.message if run_or_task.error else ""
+    return f"{run_or_task.display_name}: {run_or_task.state}" + (f": {' '.join(error.split())}" if error else "")
+
+
+def cancel(host: str, namespace: str, run_id: str) -> None:
     """End a run; its launchers delete their TrainJobs, and a job left over goes with its launcher's pod."""
-    kfp_client.terminate_run(run_id)
+    made = client(host, namespace)
+    with _api(host):
+        made.terminate_run(run_id)

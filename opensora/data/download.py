@@ -54,6 +54,7 @@ class Task:
     config: DownloadConfig
     shard: int
     base: Path  # folder of all steps
+    items: Path  # folder of the work list
     part: Path
 
 
@@ -66,17 +67,21 @@ def run(config: DownloadConfig, source: str, output: Path, executor: ExecutorCon
     Raises:
         StepError: the source is missing or empty, nothing decodes, or more than `max_bad_share` is bad.
     """
-    listed = output.parent / PARTIAL / f"{output.name}.{ITEMS}"
+    # A share reads a list of its own: signed links, and the embedded world's port, are others in every process.
+    items = f"{ITEMS}.{executor.share.replace('/', '-')}" if executor.share else ITEMS
+    listed = output.parent / PARTIAL / f"{output.name}.{items}"
     with closing(_claim(listed)):
         work_list = _list(config, source, output.parent / STORE, listed)
         folder = StepFolder(output, fingerprint(config.model_dump(exclude=MANNER), work_list.digest))
         if folder.is_done():
             shutil.rmtree(listed)
             return read_report(output)
-        work = folder.open()
-        shutil.rmtree(work / ITEMS, ignore_errors=True)
-        listed.rename(work / ITEMS)
-    tasks = [Task(config, shard, output.parent, work / part_name(shard)) for shard in range(work_list.shards)]
+        work = folder.open(shared=bool(executor.share))
+        shutil.rmtree(work / items, ignore_errors=True)
+        listed.rename(work / items)
+    tasks = [
+        Task(config, shard, output.parent, work / items, work / part_name(shard)) for shard in range(work_list.shards)
+    ]
     run_shards(download_shard, tasks, executor, config.workers, "downloading", work_list.videos)
     _drop_copies(work)
     tally, mib = Tally(), 0.0
@@ -92,8 +97,8 @@ def run(config: DownloadConfig, source: str, output: Path, executor: ExecutorCon
             f"{bad} of {tally.total} videos are bad ({tally.reasons}){_why(work)}; "
             "raise download.max_bad_share to go on"
         )
-    for name in (ITEMS, ROWS):
-        shutil.rmtree(work / name, ignore_errors=True)
+    for path in (*work.glob(f"{ITEMS}*"), work / ROWS):
+        shutil.rmtree(path, ignore_errors=True)
     report = Report("download", total=tally.total, kept=tally.kept, dropped=dict(tally.dropped), metrics={"mib": mib})
     return folder.finish(report)
 
@@ -147,7 +152,7 @@ def download_shard(task: Task) -> None:
     """Bring the videos of one shard and write their rows; one that is done leaves its row for a resumed run."""
     (task.base / STORE).mkdir(exist_ok=True)
     work = task.part.parent
-    items = read_items(items_file(work / ITEMS, task.shard))
+    items = read_items(items_file(task.items, task.shard))
     journal = work / ROWS / f"{task.shard:05d}.jsonl"
     journal.parent.mkdir(exist_ok=True)
     rows = _read_journal(journal)

@@ -11,7 +11,7 @@ from opensora.step import FINGERPRINT
 
 # Environment of a pipeline on a cluster, which has neither git nor dvc.lock:
 DATA_REVISION = "OPENSORA_DATA_REVISION"
-CODE_REVISION = "OPENSORA_REVISION"  # git commit, which images carry
+CODE_REVISION = "OPENSORA_REVISION"  # git commit, "-dirty" behind it if files differed: of images and of pipelines
 IMAGE = "OPENSORA_IMAGE"  # name of the image, with its digest where it was started by that
 DIGEST_LENGTH = 36  # that the store takes
 
@@ -61,6 +61,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _code() -> dict[str, str]:
     tags = {}
+    if revision := os.environ.get(CODE_REVISION):
+        tags["git_commit"] = revision.removesuffix("-dirty")
+        dirty = str(revision.endswith("-dirty")).lower()
+        return tags | {"git_dirty": dirty, "mlflow.source.git.commit": tags["git_commit"]}
     try:
         for name, command in {
             "git_commit": "rev-parse HEAD",
@@ -71,7 +75,7 @@ def _code() -> dict[str, str]:
             ).stdout
             tags[name] = out.strip() if name == "git_commit" else str(bool(out.strip())).lower()
     except (OSError, subprocess.SubprocessError):
-        tags = {"git_commit": os.environ.get(CODE_REVISION) or "unknown"}
+        tags = {"git_commit": "unknown"}
     return tags | {"mlflow.source.git.commit": tags["git_commit"]}
 
 

@@ -60,10 +60,7 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
     if launched:
         train = getattr(config, stage).model_copy(update={"processes": int(os.environ["WORLD_SIZE"])})
         config = config.model_copy(update={stage: train})
-    before = read_report(previous).metrics if previous else {}
-    read_report(source.manifest)
-    data = json.loads((source.manifest / FINGERPRINT).read_text())
-    folder = StepFolder(output, fingerprint(stage, deciding(config, stage), before, data))
+    folder = _folder(config, stage, source, previous, output)
     job = {
         "config": config.model_dump(mode="json"),
         "stage": stage,
@@ -88,6 +85,19 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
     else:
         _launch(folder.path, getattr(config, stage).processes)
     return _finish(folder)
+
+
+def finished(config: Config, stage: str, source: Source, previous: Path | None, output: Path) -> Report | None:
+    """The report of the stage if `output` holds what `run` would leave there: nothing need be started to find out."""
+    folder = _folder(config, stage, source, previous, output)
+    return read_report(output) if folder.is_done() else None
+
+
+def _folder(config: Config, stage: str, source: Source, previous: Path | None, output: Path) -> StepFolder:
+    before = read_report(previous).metrics if previous else {}
+    read_report(source.manifest)
+    data = json.loads((source.manifest / FINGERPRINT).read_text())
+    return StepFolder(output, fingerprint(stage, deciding(config, stage), before, data))
 
 
 def deciding(config: Config, stage: str) -> dict[str, object]:

@@ -15,26 +15,29 @@ def artifact(folder: Path, name: str) -> "dsl.Dataset":
 def test_steps_by_shares_and_whole(tmp_path: Path) -> None:
     from components import data
 
-    common = {"profile": "smoke", "overrides": [], "workdir": str(tmp_path / "runs")}
+    whole = {"profile": "smoke", "overrides": [], "workdir": str(tmp_path / "runs")}
+    whole |= {"data_revision": "raw-1", "code_revision": "abc"}
     made = {name: artifact(tmp_path, name) for name in ("demo_videos", "download", "split", "score")}
-    whole = common | {"revision": "raw-1"}
     data.demo_videos.python_func(**whole, manifest=made["demo_videos"])
-    data.download.python_func(made["demo_videos"], **whole, manifest=made["download"])
 
     shares = data.list_shares.python_func(2)
     assert shares == ["0/2", "1/2"]
     folder = tmp_path / "runs" / "smoke"
-    for share in shares:
-        data.data_share.python_func(made["download"], made["download"], step="split", share=share, **common)
-        assert not (folder / "split").exists()  # a share finishes nothing
-    parts = {path.name: path.stat().st_mtime_ns for path in (folder / ".partial" / "split").glob("manifest-*.parquet")}
-    assert len(parts) == 2
-    data.split.python_func(made["download"], **whole, manifest=made["split"])
-    after = {path.name: path.stat().st_mtime_ns for path in (folder / "split").glob("manifest-*.parquet")}
-    assert after == parts  # what the shares did was not done again
+    for step, before in (("download", made["demo_videos"]), ("split", made["download"])):
+        for share in shares:
+            data.data_share.python_func(before, before, step=step, share=share, **whole)
+            assert not (folder / step).exists()  # a share finishes nothing
+        parts = {path.name: path.read_bytes() for path in (folder / ".partial" / step).glob("manifest-*.parquet")}
+        assert len(parts) == 2
+        journal = (folder / ".partial" / step / "shards.jsonl").read_text()
+        getattr(data, step).python_func(before, **whole, manifest=made[step])
+        assert {path.name: path.read_bytes() for path in (folder / step).glob("manifest-*.parquet")} == parts
+        assert (folder / step / "shards.jsonl").read_text() == journal  # what the shares did was not done again
+    assert not list((folder / "download").glob("items*"))
 
     said = json.loads(Path(made["split"].path).read_text())
-    assert (said["step"], said["uri"], said["revision"]) == ("split", str(folder / "split"), "raw-1")
+    assert (said["step"], said["uri"]) == ("split", str(folder / "split"))
+    assert (said["data_revision"], said["code_revision"]) == ("raw-1", "abc")
     assert said["report"]["kept"] == made["split"].metadata["kept"] == 16
 
     (folder / "split" / "fingerprint.json").write_text('"another"')
@@ -47,8 +50,12 @@ def test_a_step_that_the_profile_lacks_leaves_an_empty_manifest(tmp_path: Path) 
     from components import data
 
     made = artifact(tmp_path, "demo_videos")
-    data.demo_videos.python_func(profile="h800", overrides=[], workdir=str(tmp_path), revision="", manifest=made)
+    job = {"profile": "h800", "overrides": [], "workdir": str(tmp_path), "data_revision": "", "code_revision": ""}
+    data.demo_videos.python_func(**job, manifest=made)
     assert json.loads(Path(made.path).read_text())["uri"] == ""
+    models = artifact(tmp_path, "demo_models")
+    data.demo_models.python_func(made, **job, manifest=models)
+    assert json.loads(Path(models.path).read_text())["uri"] == ""
 
 
 def test_the_reason_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,10 +64,9 @@ def test_the_reason_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     before = artifact(tmp_path, "before")
     Path(before.path).parent.mkdir(parents=True)
     Path(before.path).write_text(json.dumps({"step": "download", "uri": str(tmp_path / "gone"), "fingerprint": ""}))
+    job = {"profile": "smoke", "overrides": [], "workdir": str(tmp_path), "data_revision": "", "code_revision": ""}
     with pytest.raises(SystemExit):
-        data.split.python_func(
-            before, profile="smoke", overrides=[], workdir=str(tmp_path), revision="", manifest=artifact(tmp_path, "x")
-        )
+        data.split.python_func(before, **job, manifest=artifact(tmp_path, "x"))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "is gone" in last

@@ -1,7 +1,8 @@
 """What is compiled: every step, no installation at run time, images as a registry names them."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from components.image_names import IMAGES
 from opensora.chain import ALL_STEPS
 from pipelines.compile import PIPELINES, PipelineError, compile_pipeline
+from pipelines.parameters import parameters_of
 
 pytest.importorskip("kfp", reason="the extra `kubeflow` is not installed")
 DIGEST = "@sha256:" + "0" * 64
@@ -25,23 +27,18 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     return documents
 
 
-def task_names(document: dict) -> set[str]:
-    """Of all components, those inside loops and pipelines too."""
-    found: set[str] = set()
-
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            if "dag" in node:
-                found.update(node["dag"]["tasks"])
-            for value in node.values():
-                walk(value)
-
-    walk(document)
-    return found
+def tasks(document: dict) -> Iterator[tuple[str, dict, str]]:
+    """(name, task, executor) of all tasks that run a container, those inside loops and pipelines too."""
+    components = document["components"]
+    dags = [document["root"]["dag"], *(value["dag"] for value in components.values() if "dag" in value)]
+    for dag in dags:
+        for name, task in dag["tasks"].items():
+            if label := components[task["componentRef"]["name"]].get("executorLabel"):
+                yield name, task, label
 
 
 def test_the_full_pipeline_holds_every_step(compiled: dict[str, list[dict]]) -> None:
-    names = {name.replace("-", "_") for name in task_names(compiled["full"][0])}
+    names = {name.replace("-", "_") for name, _, _ in tasks(compiled["full"][0])}
     assert set(ALL_STEPS) <= names
 
 
@@ -63,24 +60,85 @@ def test_every_task_has_limits_and_a_place(compiled: dict[str, list[dict]]) -> N
         assert {"resourceCpuLimit", "resourceMemoryLimit"} <= set(resources), name
         assert placed[name]["nodeSelector"]["labels"]["opensora/pool"] in ("cpu", "captioning"), name
         assert [mount["mountPath"] for mount in placed[name]["pvcMount"]] == ["/runs"], name
-    online = {name for name, config in placed.items() if "opensora/internet" in str(config.get("podMetadata", ""))}
-    assert {name.removeprefix("exec-") for name in online} == {"download"}
+    shown = {label: task["taskInfo"]["name"] for _, task, label in tasks(definition)}
+    online = {shown[label] for label, config in placed.items() if "opensora/internet" in str(config)}
+    assert online == {"download", "download, one share"}
+    with_gpu = {shown[label] for label, executor in executors.items() if "accelerator" in str(executor["container"])}
+    assert with_gpu == {"caption, one share", "encode, one share", "evaluate"}
+    assert with_gpu == {shown[label] for label, config in placed.items() if "captioning" in str(config)}
 
 
-def test_only_content_decides_what_is_cached(compiled: dict[str, list[dict]]) -> None:
-    cached: dict[str, bool] = {}
+CACHED = {
+    "data": {"list-shares", "demo-videos", "download", "split", "score", "demo-models", "caption", "encode", "share"},
+    "training": set(),
+    "release": set(),
+}
+NEVER = {
+    "data": {"version"},  # a remote may have been emptied
+    "training": {"restore", "train-image", "train-video", "train-highres"},
+    "release": {"trained", "evaluate", "promote"},
+}
 
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            for name, task in (node.get("dag") or {}).get("tasks", {}).items():
-                cached[name] = bool(task.get("cachingOptions", {}).get("enableCache"))
-            for value in node.values():
-                walk(value)
 
-    walk(compiled["full"][0])
-    never = ("train-image", "train-video", "train-highres", "evaluate", "promote")
-    assert not any(cached[name] for name in never)
-    assert all(cached[name] for name in ("download", "split", "score", "caption", "encode"))
+@pytest.mark.parametrize("name", PIPELINES)
+def test_only_content_decides_what_is_cached(compiled: dict[str, list[dict]], name: str) -> None:
+    cached, never = CACHED.get(name, CACHED["data"]), NEVER.get(name, set().union(*NEVER.values()))
+    if name == "full":
+        never = never - {"restore", "trained"}
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for task_name, task, _ in tasks(compiled[name][0]):
+        found[bool(task["cachingOptions"].get("enableCache"))].add(re.sub(r"-\d+$", "", task_name))
+    assert found == {True: cached, False: never}
+
+
+def test_what_is_cached_is_told_of_which_code_and_data_it_is(compiled: dict[str, list[dict]]) -> None:
+    for name, task, _ in tasks(compiled["full"][0]):
+        if task["cachingOptions"].get("enableCache") and name != "list-shares":
+            assert {"data_revision", "code_revision"} <= set(task["inputs"]["parameters"]), name
+
+
+def test_loops_stand_in_no_exit_handler(compiled: dict[str, list[dict]]) -> None:
+    for documents in compiled.values():
+        assert "ALL_UPSTREAM_TASKS_COMPLETED" not in str(documents)
+
+
+def test_captions_by_a_server_take_no_gpu(compiled: dict[str, list[dict]]) -> None:
+    definition = compiled["data"][0]
+    shown = {task["taskInfo"]["name"]: label for _, task, label in tasks(definition)}
+    executor = definition["deploymentSpec"]["executors"][shown["caption by a server, one share"]]
+    assert "accelerator" not in executor["container"]["resources"]
+    dags = [value["dag"]["tasks"] for value in definition["components"].values() if "dag" in value]
+    conditions = [
+        task["triggerPolicy"]["condition"] for dag in dags for task in dag.values() if "triggerPolicy" in task
+    ]
+    assert len(conditions) == 2
+    assert all("caption_on_gpu'] == true" in condition for condition in conditions)
+    assert definition["root"]["inputDefinitions"]["parameters"]["caption_on_gpu"]["defaultValue"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("share=3", "has no parameter 'share'; did you mean shares"),
+        ("shares=many", "shares=many: expected a whole number"),
+        ("caption_on_gpu=1", "expected true or false"),
+        ("overrides=download.source=x", "expected a list"),
+        ("shares", "expected name=value"),
+    ],
+)
+def test_a_wrong_parameter_is_named(text: str, reason: str) -> None:
+    with pytest.raises(PipelineError, match=reason):
+        parameters_of([text], "full")
+
+
+def test_text_stays_text_and_the_rest_is_read() -> None:
+    texts = ["data_revision=123", "shares=16", "budget_dollars=6000", 'overrides=["a.b=1"]', "caption_on_gpu=false"]
+    assert list(parameters_of(texts, "full").values()) == ["123", 16, 6000, ["a.b=1"], False]
+
+
+@pytest.mark.parametrize("name", ["training", "release"])
+def test_pipelines_that_are_submitted_take_no_artifact(compiled: dict[str, list[dict]], name: str) -> None:
+    assert "artifacts" not in compiled[name][0]["root"]["inputDefinitions"]  # nobody could give it
 
 
 def test_parameters_become_defaults(tmp_path: Path) -> None:
