@@ -71,6 +71,8 @@ def run(
     (work / "parts").mkdir(exist_ok=True)
     settings = {"evaluate": config.evaluate.model_dump()}
     with Tracker.start(root, config.profile, "evaluate", settings, {}, work) as tracker:
+        if plan.data:
+            tracker.log_dataset(plan.data.manifest, "evaluation")
         found = measure_all(plan, checkpoints, references, champion, work)
         metrics = dict(extra) | metrics_record(plan, found) | {"compared_with": opponent}
         metrics["checkpoint_sha256"] = list(checkpoints.values())[-1].sha256

@@ -20,7 +20,7 @@ from opensora.tracking.registry import (
     champion,
     lost_champion,
 )
-from opensora.training.checkpoint import CheckpointError, find_newest, read_info
+from opensora.training.checkpoint import SAMPLED, CheckpointError, find_newest, read_info
 from opensora.weights import hash_file
 
 METRICS, SCORES, BESIDE = "metrics.json", "scores.json", "champion.json"  # what `evaluate` leaves
@@ -55,9 +55,12 @@ def read_candidate(checkpoint: Path, info: dict, evaluate: Path, data: Path, pro
     Raises:
         StepError: there is no evaluation, or it cannot be read.
     """
+    from opensora.served_model import signature_of  # which imports MLflow
+
     evaluation = read_evaluation(evaluate, info["stage"])
     measured = {name: str(evaluation.metrics.get(name)) for name in ("fd_extractor", "samples_per_stage")}
     tags = lineage() | measured | {CHECKPOINT_SHA256: info["sha256"], "stage": info["stage"], "profile": profile}
+    tags["signature"] = signature_of()
     if (data / FINGERPRINT).is_file():
         tags["data_fingerprint"] = json.loads((data / FINGERPRINT).read_text())
     return Candidate(
@@ -98,9 +101,9 @@ def _read_json(path: Path) -> dict:
 
 
 def damage(folder: Path, sha256: str) -> str:
-    """Why a checkpoint's folder does not hold the files of `sha256`; empty if it does. Reads all of them."""
+    """Why a checkpoint's folder does not hold what sampling reads of `sha256`; empty if it does. Reads those files."""
     try:
-        found = read_info(folder)["sha256"]
+        found = read_info(folder, only=SAMPLED)["sha256"]
     except (UserError, OSError, KeyError) as error:
         return str(error)
     return "" if found == sha256 else f"{folder} holds another checkpoint, sha256 {found[:12]}"

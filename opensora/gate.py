@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opensora.config import Gate, Primary, PromoteConfig
+from opensora.evaluation import METRICS_VERSION
 from opensora.paired import paired_interval
 
-METRICS_VERSION = 1  # of metrics.json and scores.json
 # Two evaluations are compared only where all of these are equal.
 # The last stands for all of them and for settings and real clips.
 BASIS = ("metrics_version", "fd_extractor", "extractors", "samples_per_stage", "prompts", "seeds", "evaluation_sha256")

@@ -1,8 +1,7 @@
 """The copy of what a registered version needs, out of the chain's folders, which the next run replaces.
 
 registry/<model>/<first letters of the checkpoint's sha256>/
-    step-00000700/          the checkpoint
-    demo_models/vae/ …      models that it names by a relative path
+    model/                  the checkpoint and its models as MLflow serves them (`served_model`)
     evaluation/             metrics.json, scores.json, samples/<last stage>/
 """
 
@@ -12,30 +11,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from opensora.config import UserError
 from opensora.evidence import METRICS, SCORES, damage
 from opensora.step import UNWRITABLE, StepError
-from opensora.training.checkpoint import locate, read_info
+from opensora.training.checkpoint import read_info
 
-EVALUATION = "evaluation"
+MODEL, EVALUATION = "model", "evaluation"
 
 
 def keep(place: Path, checkpoint: Path, evaluate: Path) -> tuple[Path, Path]:
     """Copy a checkpoint, its models and its evaluation to `place`; a whole copy that is there already is left as it is.
 
+    Models that the checkpoint names by an absolute path, as a text encoder of gigabytes, stay where they are; their
+    hashes are kept.
+
     Returns:
-        Folders of the copied checkpoint and of the copied evaluation.
+        Folders of the served model and of the copied evaluation.
 
     Raises:
-        StepError: they could not be written, as on a full disk, or not as they were read; nothing half is left.
+        StepError, ServedModelError: they could not be written, as on a full disk, or not as they were read; nothing
+            half is left.
     """
-    info = read_info(checkpoint, verify=False)
-    target = place / checkpoint.name
+    from opensora.served_model import checkpoint_of, save_served_model
+
+    info, model = read_info(checkpoint, verify=False), place / MODEL
     try:
-        if damage(target, info["sha256"]):
-            with _appearing(place) as part:
-                _copy_model(checkpoint, info, part)
-                if problem := damage(part / checkpoint.name, info["sha256"]):
-                    raise StepError(f"the copy of {checkpoint} is not what was read: {problem}; look at the disk")
+        whole = not damage(checkpoint_of(model), info["sha256"])
+    except UserError:
+        whole = False
+    try:
+        if not whole:
+            shutil.rmtree(model, ignore_errors=True)
+            save_served_model(model, checkpoint, embed_models=False)
+            if problem := damage(checkpoint_of(model), info["sha256"]):
+                raise StepError(f"the copy of {checkpoint} is not what was read: {problem}; look at the disk")
         with _appearing(place / EVALUATION) as part:
             _copy_evaluation(evaluate, info["stage"], part)
     except OSError as error:
@@ -43,14 +52,7 @@ def keep(place: Path, checkpoint: Path, evaluate: Path) -> tuple[Path, Path]:
             f"{checkpoint} could not be copied to {place}: {_reason(error)}; nothing was registered, and the same "
             "command again goes on"
         ) from error
-    return target, place / EVALUATION
-
-
-def _copy_model(checkpoint: Path, info: dict, part: Path) -> None:
-    shutil.copytree(checkpoint, part / checkpoint.name, copy_function=_copy)
-    for name in ("vae", "text_encoder"):
-        if not Path(info[name]).is_absolute():
-            shutil.copytree(locate(info[name], checkpoint), part / info[name], copy_function=_copy, dirs_exist_ok=True)
+    return model, place / EVALUATION
 
 
 def _copy_evaluation(evaluate: Path, stage: str, part: Path) -> None:

@@ -31,7 +31,6 @@ from opensora.tracking.registry import (
     champion,
     check_champion,
     move_champion,
-    register,
     version_of,
 )
 from opensora.tracking.tracker import Tracker
@@ -168,28 +167,34 @@ def _make_champion(case: Case, before: Champion | None, lock: str) -> str:
     Raises:
         ChampionMoved: the candidate was not judged beside the version that carries the alias now.
     """
+    from opensora.served_model import register_served_model
+
     expected = before.version if before and before.has_alias else None
     again = before is not None and before.sha256 == case.candidate.sha256 and not before.lost
     if not again:
         place = case.root / "registry" / case.model / case.candidate.sha256[:12]
-        copy, evaluation = keep(place, case.checkpoint, case.evaluate)
+        served, evaluation = keep(place, case.checkpoint, case.evaluate)
     with registry_lock(case.root, case.model, lock) as check_lock:
         if again:
             assert before is not None
             version = before.version
         else:
             check_champion(case.root, case.model, expected)
-            tags = _version_tags(case, copy, evaluation) | {PREVIOUS: before.version if before else "none"}
-            version = adopt(case.root, case.model, tags) or register(case.root, case.model, copy, tags)
+            tags = _version_tags(case, served, evaluation) | {PREVIOUS: before.version if before else "none"}
+            version = adopt(case.root, case.model, tags) or register_served_model(
+                case.root, case.profile, case.model, served, tags
+            )
         check_lock()
         move_champion(case.root, case.model, version, expected)
     return version
 
 
-def _version_tags(case: Case, copy: Path, evaluation: Path) -> dict[str, str]:
+def _version_tags(case: Case, served: Path, evaluation: Path) -> dict[str, str]:
+    from opensora.served_model import checkpoint_of
+
     metrics = case.candidate.evaluation.metrics
     return dict(case.candidate.tags) | {
-        CHECKPOINT_URI: str(copy.resolve()),
+        CHECKPOINT_URI: str(checkpoint_of(served).resolve()),
         EVALUATION_URI: str(evaluation.resolve()),
         EVALUATION_FILES: hash_evaluation(evaluation),
         METRICS_TAG: json.dumps({name: value for name, value in metrics.items() if not isinstance(value, dict | list)}),

@@ -10,6 +10,7 @@ artifacts/NAME/                     VAE and text encoder, where they are inside
 
 import base64
 import json
+import logging
 import math
 import os
 import shutil
@@ -38,12 +39,13 @@ from opensora.generate import Pipeline, Sampling, choose_sampling, describe_clip
 from opensora.generation_memory import check_resident_memory
 from opensora.models.text import TextEncoder
 from opensora.step import UNWRITABLE, write_json
-from opensora.tracking.registry import register
-from opensora.tracking.store import connect, experiment_id, tracking_uri
+from opensora.tracking.registry import asking, ensure_model, register
+from opensora.tracking.store import experiment_id, tracking_uri
 from opensora.training.checkpoint import INFO, SAMPLED, Checkpoint, describe_checkpoint
 from opensora.weights import hash_file
 
 CONTENTS, CODE = "contents.json", "load_model.py"
+logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells of every example that it checks
 MODELS = ("vae", "text_encoder")
 MAX_ROWS = 8  # of a request; they are made one after the other
 MAX_STEPS = 1000
@@ -299,21 +301,20 @@ def register_served_model(root: Path, profile: str, model: str, folder: Path, ta
 
     A database is told where the folder lies. A server does not take a path of another machine's, and could not give
     it to anybody: the files are uploaded to its store, as a logged model of the profile's experiment.
+
+    Raises:
+        RegistryError: the registry does not answer, or refuses.
     """
     if not tracking_uri(root).startswith(("http://", "https://")):
         return register(root, model, folder, tags)
-    client = connect(root)
-    logged = client.create_logged_model(experiment_id(client, root, profile), name=model, tags=tags)
-    with _patience():
-        client.log_model_artifacts(logged.model_id, str(folder))
-    client.finalize_logged_model(logged.model_id, "READY")
-    try:
-        client.create_registered_model(model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    source = f"models:/{logged.model_id}"
-    return str(client.create_model_version(model, source, tags=tags, model_id=logged.model_id).version)
+    ensure_model(root, model)
+    with asking(root) as client:
+        logged = client.create_logged_model(experiment_id(client, root, profile), name=model, tags=tags)
+        with _patience():
+            client.log_model_artifacts(logged.model_id, str(folder))
+        client.finalize_logged_model(logged.model_id, "READY")
+        source = f"models:/{logged.model_id}"
+        return str(client.create_model_version(model, source, tags=tags, model_id=logged.model_id).version)
 
 
 @contextmanager

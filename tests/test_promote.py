@@ -5,12 +5,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from urllib.request import urlopen
 
 import pytest
 from typer.testing import CliRunner
 
 from opensora import promote as step
+from opensora import served_model
 from opensora.cli import app
 from opensora.config import PromoteConfig, UserError
 from opensora.promote import preview, run
@@ -253,7 +255,7 @@ def test_a_full_disk_leaves_no_half_copy(place: Place, tmp_path: Path) -> None:
     place.candidate(1, 20)
     with small_disk(tmp_path / "small", "200k") as small:
         (place.root / "registry").symlink_to(small)
-        with pytest.raises(StepError, match=r"the disk is full; free some space; nothing was registered"):
+        with pytest.raises(UserError, match=r"the disk is full; free some space"):
             place.promote()
         assert not [path for path in small.rglob("*") if path.is_file()]
         (place.root / "registry").unlink()
@@ -280,16 +282,16 @@ def start(server: MlflowServer) -> None:
         assert answer.status == 200
 
 
-@pytest.mark.parametrize("after", ["keep", "register"])
+@pytest.mark.parametrize(("where", "after"), [(step, "keep"), (served_model, "register_served_model")])
 def test_a_server_killed_in_the_middle(
-    place: Place, after: str, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+    place: Place, where: ModuleType, after: str, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever was done before is found again; one version in the end, and the alias on it."""
     model, profile = f"opensora-{after}", after
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     place.candidate(1, 20)
     inputs = (GATES, profile, *place.inputs(), place.root, place.base / "promote")
-    done, died = getattr(step, after), []
+    done, died = getattr(where, after), []
 
     def then_die(*arguments: object) -> object:
         result = done(*arguments)
@@ -297,14 +299,14 @@ def test_a_server_killed_in_the_middle(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, after, then_die)
+        patch.setattr(where, after, then_die)
         with pytest.raises(UserError, match=r"^the registry at .* does not answer \(no connection\)[^\n]*$"):
             run(*inputs)
     gc.collect()  # what the error still holds would keep the step's folder locked; a command ends instead
     assert died
     start(server)
     assert champion(place.root, model) is None
-    assert len(versions(place.root, model)) == (after == "register")
+    assert len(versions(place.root, model)) == (after != "keep")
     run(*inputs)
     (version,) = versions(place.root, model)
     assert version.aliases == ("champion",)

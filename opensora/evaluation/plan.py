@@ -6,6 +6,7 @@ from typing import Any
 
 from opensora.config import EvaluateConfig
 from opensora.data.reuse import hash_folder
+from opensora.evaluation import METRICS_VERSION
 from opensora.evaluation.prompts import evaluation_prompts
 from opensora.evaluation.reference import Reference, Shape, real_reference, rendered_reference
 from opensora.evaluation.sampling import Weights
@@ -14,7 +15,6 @@ from opensora.step import fingerprint
 from opensora.training.checkpoint import Checkpoint
 from opensora.weights import hash_file
 
-METRICS_VERSION = 1  # of metrics.json and scores.json; numbers of another one are not compared
 # Of the configuration; prompts and seeds count as they are read, and how work is shared changes no clip.
 NOT_SETTINGS = {"processes", "batch_size", "prompts", "prompts_file", "seed"}
 

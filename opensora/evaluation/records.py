@@ -3,8 +3,9 @@
 import os
 from typing import Any
 
+from opensora.evaluation import METRICS_VERSION
 from opensora.evaluation.measuring import Findings
-from opensora.evaluation.plan import METRICS_VERSION, Plan
+from opensora.evaluation.plan import Plan
 from opensora.evaluation.prompts import describe_seeds
 from opensora.evaluation.scores import headline
 from opensora.metrics.features import EXTRACTOR

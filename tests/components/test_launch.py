@@ -91,6 +91,7 @@ def test_a_job_ends_and_its_checkpoint_is_described(stage: Stage, capsys: pytest
         "MLFLOW_TRACKING_URI": "http://mlflow:5000",
         "OPENSORA_DATA_REVISION": "raw-1",
         "OPENSORA_REVISION": "0123abc",
+        "OPENSORA_IMAGE": trainer["image"],
     }
 
 
