@@ -4,10 +4,11 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from components.image_names import TRAIN
 from pipelines.compile import PIPELINES, PipelineError, compile_pipeline
 from pipelines.parameters import parameters_of
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     \b
     opensora pipeline run-local                         # no cluster: the smoke chain, in two minutes
     opensora pipeline compile full --images images.json -o full.yaml
-    opensora pipeline submit full --images images.json -p profile=h800 -p shares=32
+    opensora pipeline submit full --images build/images/images.json -p profile=h800 -p shares=32
     opensora pipeline status RUN
 
     docs/cluster.md leads from an empty cluster to a run. `opensora pipeline COMMAND --help` tells more.
@@ -128,7 +129,8 @@ def submit(
 ) -> None:
     """Compile a pipeline, start a run of it, and print where it is shown.
 
-    A run names its code: a tree that differs from its commit, or an image without a digest, is refused.
+    A run names its code: a tree that differs from its commit, or an image without a digest, is refused. The nodes of
+    training run in the train image of that file, unless -p image=… names another.
 
     \b
     opensora pipeline submit full --images images.json -p profile=h800 -p workdir=/runs/first -p shares=32
@@ -136,9 +138,13 @@ def submit(
     from pipelines import remote
 
     commit = remote.revision(allow_dirty)
-    values = {"code_revision": commit} | parameters_of(parameters or [], name)
+    names = images_of(images)
+    values: dict[str, Any] = {"code_revision": commit}
+    if name in ("training", "full") and TRAIN in names:
+        values["image"] = names[TRAIN]  # of the TrainJobs' pods, which no task of the pipeline runs in
+    values |= parameters_of(parameters or [], name)
     compiled = Path(".pipelines") / f"{name}-{commit[:9]}.yaml"
-    loose = compile_pipeline(name, compiled, images_of(images), {})
+    loose = compile_pipeline(name, compiled, names, {})
     if loose:
         raise PipelineError(f"images not pinned by digest: {', '.join(loose)}; give --images FILE, of `make images`")
     title = f"{name} {commit[:9]} {datetime.now():%Y-%m-%d %H:%M}"

@@ -67,7 +67,12 @@ def test_a_run_is_submitted_looked_at_and_cancelled(desk: Desk) -> None:
     said = desk.say("submit", "full", "--images", str(desk.images), "-p", "profile=h800", "-p", "shares=32")
     assert said.splitlines()[:2] == ["run run-0", f"{desk.host}/#/runs/details/run-0"]
     (run,) = desk.fake.runs.values()
-    assert run["runtime_config"]["parameters"] == {"profile": "h800", "shares": 32, "code_revision": desk.commit}
+    assert run["runtime_config"]["parameters"] == {
+        "profile": "h800",
+        "shares": 32,
+        "code_revision": desk.commit,
+        "image": f"registry.example/opensora-python-train@sha256:{'0' * 64}",  # of the nodes of training
+    }
     assert run["service_account"] == "pipeline-runner"
     assert run["display_name"].startswith(f"full {desk.commit[:9]} ")
     assert desk.fake.experiments["opensora"]["namespace"] == "opensora"
