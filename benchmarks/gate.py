@@ -22,8 +22,8 @@ from benchmarks.measure import save
 from opensora.clip_file import write_clip
 from opensora.config import Gate, Primary, PromoteConfig, load_config
 from opensora.models.stdit import STDiT
-from opensora.paired import paired_interval
 from opensora.promote import preview, run
+from opensora.promotion.paired import paired_interval
 from opensora.step import write_json
 from opensora.tracking.store import connect
 from opensora.training.checkpoint import read_info, save_checkpoint, stdit_config

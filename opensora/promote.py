@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from opensora.config import PromoteConfig
-from opensora.evidence import (
+from opensora.promotion.evidence import (
     BESIDE,
     EVALUATION_FILES,
     EVALUATION_URI,
@@ -17,9 +17,9 @@ from opensora.evidence import (
     read_champion,
     why_rolled_back,
 )
-from opensora.gate import Candidate, Champion, judge
-from opensora.gate_report import describe
-from opensora.keep import keep
+from opensora.promotion.gate import Candidate, Champion, judge
+from opensora.promotion.keep import keep
+from opensora.promotion.report import describe
 from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
 from opensora.tracking.promotion_lock import folder_lock, registry_lock
 from opensora.tracking.registry import (

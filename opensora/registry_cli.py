@@ -43,8 +43,8 @@ def promote(
     config = load_config(params, profile, tuple(changes))
     base = workdir / config.profile
     if dry_run:
-        from opensora.gate_report import describe
         from opensora.promote import preview
+        from opensora.promotion.report import describe
 
         print(describe(preview(config.promote, config.profile, *promotion_inputs(config, base), workdir)))
         return
@@ -80,7 +80,7 @@ def rollback(
     """
     from opensora.config import load_config
     from opensora.promote import model_name
-    from opensora.rollback import rollback as go_back
+    from opensora.promotion.rollback import rollback as go_back
 
     model = model_name(load_config(params, profile).profile)
     left, now = go_back(workdir, model, to, reason)
@@ -104,7 +104,7 @@ def registry(
     """
     from opensora.config import load_config
     from opensora.promote import model_name
-    from opensora.registry_table import list_versions, make_table
+    from opensora.promotion.table import list_versions, make_table
 
     config = load_config(params, profile)
     model = model_name(config.profile)

@@ -22,6 +22,7 @@ ALLOWED = {
     | {"data.buckets", "data.clip_dataset", "data.dataset", "data.loader"},
     "tracking": LEAVES,
     "evaluation": LEAVES | {"data", "demo", "metrics", "generate", "tracking", "training.checkpoint", "clip_file"},
+    "promotion": LEAVES | {"data.video", "evaluation", "served_model", "tracking", "training.checkpoint"},
     "demo": LEAVES | {"data.shards", "data.video"},
 }
 ONLY_IN = {

@@ -16,7 +16,7 @@ from opensora import served_model
 from opensora.cli import app
 from opensora.config import PromoteConfig, UserError
 from opensora.promote import preview, run
-from opensora.rollback import rollback
+from opensora.promotion.rollback import rollback
 from opensora.step import StepError
 from opensora.tracking.registry import RegistryError, champion, versions
 from opensora.tracking.store import connect

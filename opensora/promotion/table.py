@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora.config import Gate
-from opensora.evidence import METRICS_TAG, damage_of
-from opensora.gate import CODE, DATA
+from opensora.promotion.evidence import METRICS_TAG, damage_of
+from opensora.promotion.gate import CODE, DATA
 from opensora.tracking.registry import (
     CHECKPOINT_SHA256,
     CHECKPOINT_URI,

@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from opensora.evidence import damage_of
+from opensora.promotion.evidence import damage_of
 from opensora.tracking.promotion_lock import folder_lock, registry_lock, somebody
 from opensora.tracking.registry import (
     CHAMPION,

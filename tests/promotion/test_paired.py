@@ -6,7 +6,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from opensora.paired import paired_interval
+from opensora.promotion.paired import paired_interval
 
 
 def test_no_difference_and_a_sure_one() -> None:

@@ -1,6 +1,6 @@
 """The gate's decision: what is known of a candidate and of the champion goes in, every check with its reason comes out.
 
-Nothing here reads a file or asks the registry (`opensora.evidence` does): the same evidence gives the same decision.
+Nothing here reads a file or asks the registry (`opensora.promotion.evidence` does): the same evidence gives the same decision.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from opensora.config import Gate, Primary, PromoteConfig
 from opensora.evaluation import METRICS_VERSION
-from opensora.paired import paired_interval
+from opensora.promotion.paired import paired_interval
 
 # Two evaluations are compared only where all of these are equal.
 # The last stands for all of them and for settings and real clips.

@@ -8,7 +8,7 @@ import av
 
 from opensora.config import UserError
 from opensora.data.video import read_frames
-from opensora.gate import Candidate, Champion, Evaluation
+from opensora.promotion.gate import Candidate, Champion, Evaluation
 from opensora.step import FINGERPRINT, StepError, fingerprint
 from opensora.tracking.lineage import lineage
 from opensora.tracking.registry import (

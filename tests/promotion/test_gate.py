@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from opensora.config import ConfigError, Gate, Primary, PromoteConfig, load_config
-from opensora.gate import Candidate, Champion, Check, Evaluation, judge
-from opensora.gate_report import describe
+from opensora.promotion.gate import Candidate, Champion, Check, Evaluation, judge
+from opensora.promotion.report import describe
 from tests.conftest import ROOT
 
 PROMPTS = [f"prompt {number}" for number in range(48)]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from opensora.config import UserError
-from opensora.evidence import METRICS, SCORES, damage
+from opensora.promotion.evidence import METRICS, SCORES, damage
 from opensora.step import UNWRITABLE, StepError
 from opensora.training.checkpoint import read_info
 
