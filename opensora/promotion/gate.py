@@ -1,6 +1,6 @@
 """The gate's decision: what is known of a candidate and of the champion goes in, every check with its reason comes out.
 
-Nothing here reads a file or asks the registry (`opensora.promotion.evidence` does): the same evidence gives the same decision.
+Nothing here reads a file or asks the registry (`evidence` does): the same evidence gives the same decision.
 """
 
 import math
