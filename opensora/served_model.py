@@ -54,7 +54,8 @@ TIMEOUT, UPLOAD_TIMEOUT_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", 3600
 # What the code inside imports, pinned to the versions that saved it; a test compares.
 REQUIREMENTS = (
     *("av", "beautifulsoup4", "diffusers", "ftfy", "mlflow", "numpy", "opencv-python-headless", "pandas", "pillow"),
-    *("protobuf", "psutil", "pydantic", "pyyaml", "rich", "safetensors", "sentencepiece", "torch", "transformers"),
+    *("protobuf", "psutil", "pydantic", "pyyaml", "requests", "rich", "safetensors", "sentencepiece", "torch"),
+    "transformers",
 )
 SIGNATURE = ModelSignature(
     inputs=Schema(

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
+
 from pipelines.compile import PipelineError
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOUR = re.compile(r"\x1b\[\d*m")
 RECORD = re.compile(r"\d\d:\d\d:\d\d\.\d{3} - [A-Z]+ - (.*)", re.DOTALL)  # of KFP's log, in one write
 TASK = re.compile(r"Executing task '(.+)'")
-FAILED = re.compile(r"Task '(.+)' finished with status FAILURE")
+FAILED = re.compile(r"(?:Task|Inner task failed:) '([^']+)'")
 
 
 def run_local(compiled: Path, parameters: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def run_local(compiled: Path, parameters: Mapping[str, Any], artifacts: Path) ->
     with redirect_stdout(narration):
         warnings.filterwarnings("ignore", module=r"kfp\.local")  # that it has no nodes, claims or secrets
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(artifacts), raise_on_error=True)
-        pipeline = components.load_component_from_file(str(compiled))
+        pipeline = components.load_component_from_text(_without_retries(compiled))
         try:
             return dict(pipeline(**parameters).outputs)
         except RuntimeError as error:
@@ -51,6 +53,18 @@ def run_local(compiled: Path, parameters: Mapping[str, Any], artifacts: Path) ->
             raise PipelineError(f"{what}: {narration.reason or 'the lines above say why'}") from error
         finally:
             builtins.print = own_print  # KFP indents by another, and its threads do not all put this one back
+
+
+def _without_retries(compiled: Path) -> str:
+    """The pipeline without the minutes that a cluster waits before it tries a task again: nothing here is preempted."""
+
+    def strip(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: strip(value) for name, value in node.items() if name != "retryPolicy"}
+        return [strip(value) for value in node] if isinstance(node, list) else node
+
+    documents = yaml.load_all(compiled.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return yaml.safe_dump_all([strip(document) for document in documents], sort_keys=True)
 
 
 @dataclass

@@ -37,7 +37,7 @@ from opensora.served_model import (
     save_served_model,
     signature_of,
 )
-from opensora.tracking.registry import CHAMPION, model_version_path, register
+from opensora.tracking.registry import CHAMPION, model_version_path
 from opensora.tracking.store import connect
 from opensora.training.checkpoint import CheckpointError, describe_checkpoint
 from opensora.weights import hash_file
@@ -379,8 +379,10 @@ def test_a_server_gets_the_files_and_gives_them_back(
     with running(log, *arguments, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false") as process:
         wait_until_up(process, f"{url}/health", log)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        client = connect(tmp_path)
+        client.create_registered_model(MODEL)
         with pytest.raises(MlflowException, match="To use a local path as a model version source"):
-            register(tmp_path, MODEL, served, {})
+            client.create_model_version(MODEL, str(served))
         promote(tmp_path, served, {"stage": "train_video"})
         before = dict(os.environ)
         model = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion")
