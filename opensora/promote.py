@@ -84,7 +84,7 @@ def run(
     work = folder.open()
     with (
         folder_lock(root) as lock,
-        Tracker.start(root, profile, "promote", {"promote": config.model_dump()}, {}, work) as tracker,
+        Tracker.start(root, profile, "promote", {"promote": config.model_dump()}, {}, work, beside=False) as tracker,
     ):
         verdict = _promote(case, lock)
         write_json(work / "gate.json", verdict)

@@ -149,6 +149,25 @@ def serve(root: Path, place: Path) -> str:
             return trouble
 
 
+def send(root: Path, place: Path) -> str:
+    """Send, in this process, a spool that nobody writes to any more, and what earlier runs left.
+
+    Returns:
+        Why not all of it was sent; empty if it was.
+    """
+    try:
+        held = lock_file(place / LOCK)
+        if held is None:
+            return "another process sends it"
+        with held:
+            Drain(root, place, say).run()
+    except (UserError, OSError) as error:
+        return str(error)
+    with suppress(UserError, OSError):
+        replay(root, nowhere=True)
+    return ""
+
+
 def say(text: str) -> None:
     """A line among those of the training."""
     print(f"tracking: {text}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from opensora.step import final_place
 from opensora.tracking.chains import finish_step, join_chain, new_chain
-from opensora.tracking.drain import look, replay
+from opensora.tracking.drain import look, replay, send
 from opensora.tracking.lineage import data_digest, flatten, lineage
 from opensora.tracking.redact import redact, redact_values
 from opensora.tracking.spool import SpoolWriter
@@ -45,7 +45,15 @@ class Tracker:
 
     @classmethod
     def start(
-        cls, root: Path, profile: str, step: str, params: dict[str, Any], tags: dict[str, str], folder: Path
+        cls,
+        root: Path,
+        profile: str,
+        step: str,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        folder: Path,
+        *,
+        beside: bool = True,
     ) -> "Tracker":
         """Open the child run of `step` below the chain's parent run; a stopped step goes on in its own run.
 
@@ -56,6 +64,8 @@ class Tracker:
             root: folder of all results.
             params: nested; credentials in them are not written.
             folder: where the step works; pictures wait there until they are sent.
+            beside: records are sent while the step works, by another process; if not, by this one when the run is
+                closed, as suits a step of a second that has imported MLflow anyway.
         """
         base = root / profile / ".mlflow"
         try:
@@ -71,7 +81,8 @@ class Tracker:
                 "tags": redact_values(lineage() | tags),
             }
         )
-        tracker._start_sender()
+        if beside:
+            tracker._start_sender()
         return tracker
 
     def log_metrics(self, values: dict[str, float], step: int = 0) -> None:
@@ -134,7 +145,7 @@ class Tracker:
             log.warning("tracking: %d records were lost, as the disk of %s took none", lost, self.place)
         if timeout_s is None:
             timeout_s = CLOSE_TIMEOUT_S if status == "FINISHED" else STOPPED_TIMEOUT_S
-        reason = self._end_sender(timeout_s)
+        reason = self._end_sender(timeout_s) if self._sender else send(self.root, self.place)
         if reason:
             log.warning(
                 "tracking: not all was sent (%s); it lies in %s, and `opensora track replay --workdir %s` sends it",
@@ -162,12 +173,11 @@ class Tracker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
             )
         except OSError as error:
-            log.warning("tracking: nothing is sent before the end of a later run: %s", error)
+            log.warning("tracking: nothing is sent before the end of this run: %s", error)
 
     def _end_sender(self, timeout_s: float) -> str:
         """Have the process send the rest, and wait for it; returns why something is left."""
-        if self._sender is None:
-            return "no process could be started"
+        assert self._sender
         try:
             return self._sender.communicate("end\n", timeout_s)[0].strip() or (
                 f"the process that sends ended with {self._sender.returncode}" if self._sender.returncode else ""
