@@ -141,3 +141,37 @@ def test_site_values_arrive(overlay: str) -> None:
     text = yaml.safe_dump_all(rest)
     for name, value in site["data"].items():
         assert value in text, f"{name} is used nowhere"
+
+
+def round_trip(model: str, document: dict) -> None:
+    """Kubeflow's own models drop what they do not know without a word: nothing may be missing afterwards."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    again = getattr(models, model).from_dict(document).to_dict()
+    assert again == document
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_runtime_survives_kubeflows_own_models(overlay: str) -> None:
+    (runtime,) = documents(overlay, "ClusterTrainingRuntime")
+    round_trip("TrainerV1alpha1ClusterTrainingRuntime", runtime)
+
+
+def test_the_template_of_a_job_is_what_the_launcher_makes() -> None:
+    from components.launch import arguments
+    from components.step import Job
+    from components.trainjob import TrainJob
+
+    template = yaml.safe_load((ROOT / "k8s" / "trainjob.yaml").read_text())
+    round_trip("TrainerV1alpha1TrainJob", template)
+    trainer = template["spec"]["trainer"]
+    made = TrainJob(
+        name=template["metadata"]["name"],
+        namespace="opensora",
+        stage="train_video",
+        image=trainer["image"],
+        args=tuple(arguments("train_video", Job("h800", [], "/runs/first", "", ""))),
+        nodes=8,
+        gpus_per_node=8,
+        env={item["name"]: item["value"] for item in trainer["env"]},
+    )
+    assert made.document() == template
