@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from opensora import promote as step
 from opensora import served_model
 from opensora.cli import app
-from opensora.config import PromoteConfig, UserError
+from opensora.config import Gate, PromoteConfig, UserError
 from opensora.promote import preview, run
 from opensora.promotion.rollback import rollback
 from opensora.step import StepError
@@ -230,6 +230,22 @@ def test_the_champion_beside_the_candidate_counts_before_what_was_recorded(place
     recorded = Path(version.tags["evaluation.uri"])
     change_json(recorded / "metrics.json", fd_extractor="randconv")  # somebody helps it along
     assert "no evaluation" in failed(place.promote(BETTER))["champion"]
+
+
+def test_what_only_the_champions_chain_measured_is_as_recorded(place: Place) -> None:
+    """A champion keeps its last stage alone: captions and stages before it are not measured beside the candidate."""
+    gates = PromoteConfig(gates=(*GATES.gates, Gate(metric="captions", floor=0.5, tolerance=0.1)))
+    first = place.candidate(1, 20, captions=0.9)
+    place.promote(gates)
+    metrics = {"following": 20 / 24, "metrics_version": 1, "fd_extractor": "randconv", "samples_per_stage": 24}
+    beside = {"version": "1", "sha256": first, "metrics": metrics, "scores": [{"follows": 1} for _ in range(24)]}
+    for shift, captions in ((2, 0.7), (3, 0.85)):
+        place.candidate(shift, 20, captions=captions)
+        (place.base / "evaluate" / "champion.json").write_text(json.dumps(beside))
+        verdict = place.promote(gates)
+        assert verdict["verdict"] == ("promoted" if captions > 0.8 else "rejected")
+        (check,) = (c for c in verdict["checks"] if (c["kind"], c["metric"]) == ("non-inferiority", "captions"))
+        assert check["champion"] == 0.9
 
 
 def test_an_alias_moved_by_hand_meanwhile_is_judged_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

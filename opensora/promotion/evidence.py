@@ -8,7 +8,7 @@ import av
 
 from opensora.config import UserError
 from opensora.data.video import read_frames
-from opensora.promotion.gate import Candidate, Champion, Evaluation
+from opensora.promotion.gate import BASIS, Candidate, Champion, Evaluation
 from opensora.step import FINGERPRINT, StepError, fingerprint
 from opensora.tracking.lineage import lineage
 from opensora.tracking.registry import (
@@ -153,9 +153,10 @@ def read_champion(root: Path, model: str, evaluate: Path, candidate: Evaluation,
         return Champion(gone, "", lost=why, has_alias=False) if gone else None
     sha256, lost = version.tags.get(CHECKPOINT_SHA256, ""), damage_of(version)
     beside = _read_json(evaluate / BESIDE)
-    evaluation, source = _recorded(version, stage), "as evaluated when it was promoted"
+    recorded = _recorded(version, stage)
+    evaluation, source = recorded, "as evaluated when it was promoted"
     if (str(beside.get("version")), beside.get("sha256")) == (version.version, sha256):
-        evaluation, source = _evaluated_beside(beside, candidate), "evaluated beside the candidate"
+        evaluation, source = _evaluated_beside(beside, candidate, recorded), "evaluated beside the candidate"
     lost = lost or _why_not_evaluated(candidate.metrics, version.version, sha256)
     return Champion(version.version, sha256, version.tags, None if lost else evaluation, source, lost)
 
@@ -167,9 +168,16 @@ def _why_not_evaluated(metrics: Mapping[str, object], version: str, sha256: str)
     return str(metrics.get("champion_unavailable") or "")
 
 
-def _evaluated_beside(beside: dict, candidate: Evaluation) -> Evaluation:
-    """On the candidate's prompts and seeds; what else has to be equal, it says itself."""
-    return Evaluation(beside.get("metrics") or {}, candidate.prompts, candidate.seeds, beside.get("scores"))
+def _evaluated_beside(beside: dict, candidate: Evaluation, recorded: Evaluation | None) -> Evaluation:
+    """On the candidate's prompts and seeds; what else has to be equal, it says itself.
+
+    Only the last stage of a champion is kept. What its chain measured besides, as of the stages before or of captions,
+    is taken as it was recorded, if that was measured in the same way.
+    """
+    metrics = beside.get("metrics") or {}
+    if recorded and all(recorded.basis(what) == candidate.basis(what) for what in BASIS):
+        metrics = dict(recorded.metrics) | metrics
+    return Evaluation(metrics, candidate.prompts, candidate.seeds, beside.get("scores"))
 
 
 def _recorded(version: Version, stage: str) -> Evaluation | None:
