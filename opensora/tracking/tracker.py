@@ -36,11 +36,12 @@ log = logging.getLogger(__name__)
 class Tracker:
     """One child run; see `start`. Threads may share it, and nothing that it is told raises for the store's sake."""
 
-    def __init__(self, root: Path, place: Path, folder: Path) -> None:
+    def __init__(self, root: Path, place: Path, folder: Path, beside: bool = True) -> None:
         self.root, self.place, self.folder = root.resolve(), place.resolve(), folder
         self._spool = SpoolWriter(self.place)
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._dataset: dict[str, str] | None = None
+        self._beside = beside
         self._sender: subprocess.Popen | None = None
 
     @classmethod
@@ -73,7 +74,7 @@ class Tracker:
         except OSError as error:  # training says itself when it cannot write
             log.warning("tracking: %s: %s; records wait in memory, training goes on", base, error.strerror)
             place = base / new_chain() / step
-        tracker = cls(root, place, folder)
+        tracker = cls(root, place, folder, beside)
         tracker._put(
             {
                 "kind": "start",
@@ -145,7 +146,7 @@ class Tracker:
             log.warning("tracking: %d records were lost, as the disk of %s took none", lost, self.place)
         if timeout_s is None:
             timeout_s = CLOSE_TIMEOUT_S if status == "FINISHED" else STOPPED_TIMEOUT_S
-        reason = self._end_sender(timeout_s) if self._sender else send(self.root, self.place)
+        reason = self._end_sender(timeout_s) if self._beside else send(self.root, self.place)
         if reason:
             log.warning(
                 "tracking: not all was sent (%s); it lies in %s, and `opensora track replay --workdir %s` sends it",
@@ -173,11 +174,12 @@ class Tracker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
             )
         except OSError as error:
-            log.warning("tracking: nothing is sent before the end of this run: %s", error)
+            log.warning("tracking: nothing is sent before the end of a later run: %s", error)
 
     def _end_sender(self, timeout_s: float) -> str:
         """Have the process send the rest, and wait for it; returns why something is left."""
-        assert self._sender
+        if self._sender is None:
+            return "no process could be started"
         try:
             return self._sender.communicate("end\n", timeout_s)[0].strip() or (
                 f"the process that sends ended with {self._sender.returncode}" if self._sender.returncode else ""

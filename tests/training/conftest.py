@@ -11,7 +11,7 @@ from opensora.data.shards import text_key
 from opensora.manifest import Clip, part_name, write_part
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_tracking_server() -> Iterator[None]:
     """Nobody answers there, which training does not care about; making a store for every run would take seconds."""
     with pytest.MonkeyPatch.context() as patch:
