@@ -29,7 +29,7 @@ PROMPTS = [  # in the published form
     },
     {"prompt_en": "a person swimming in ocean", "dimension": ["dynamic_degree", "motion_smoothness"]},
 ]
-LAVIE = {  # its row of the leaderboard, in percent
+LAVIE = {  # its row of the leaderboard as we know it, in percent; it could not be looked up here
     "subject_consistency": 91.41,
     "background_consistency": 97.47,
     "temporal_flickering": 98.30,
