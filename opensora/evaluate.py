@@ -21,6 +21,7 @@ from opensora.evaluation.sampling import Weights
 from opensora.evaluation.scores import Measured
 from opensora.gallery import write_gallery
 from opensora.step import CACHE, Report, StepFolder, fingerprint, read_report, write_json
+from opensora.tracking.registry import model_name
 from opensora.tracking.tracker import Tracker
 from opensora.training.checkpoint import describe_checkpoint
 
@@ -55,7 +56,7 @@ def run(
     checkpoints = {name: describe_checkpoint(folder / "checkpoints") for name, folder in stages.items()}
     plan = make_plan(config.evaluate, data, weights or {}, output.parent / CACHE)
     references = {name: plan.reference(checkpoint) for name, checkpoint in checkpoints.items()}
-    champion = find_champion(root, f"opensora-{config.profile}")
+    champion = find_champion(root, model_name(config.profile))
     opponent = _opponent(champion, list(checkpoints.values())[-1].sha256, output)
     made_of = (
         config.evaluate.model_dump(exclude={"processes"}),
@@ -108,7 +109,7 @@ def _write(
         write_json(work / "champion.json", champion)
     curves = {name: _losses(path) for name, path in stages.items()}
     write_plots(work / "plots", plan.prompts, found.stages, curves)
-    write_gallery(work, f"opensora-{profile}", plan.prompts, plan.seeds, found, metrics, curves)
+    write_gallery(work, model_name(profile), plan.prompts, plan.seeds, found, metrics, curves)
     _sheet(work, plan.prompts, found.candidate)
 
 

@@ -30,6 +30,7 @@ from opensora.tracking.registry import (
     adopt,
     champion,
     check_champion,
+    model_name,
     move_champion,
     version_of,
 )
@@ -54,11 +55,6 @@ class Case:
     def model(self) -> str:
         """Name in the registry."""
         return model_name(self.profile)
-
-
-def model_name(profile: str) -> str:
-    """Of the registered model that a profile's checkpoints are versions of."""
-    return f"opensora-{profile}"
 
 
 def run(

@@ -79,8 +79,8 @@ def rollback(
     opensora rollback --profile demo --to 3
     """
     from opensora.config import load_config
-    from opensora.promote import model_name
     from opensora.promotion.rollback import rollback as go_back
+    from opensora.tracking.registry import model_name
 
     model = model_name(load_config(params, profile).profile)
     left, now = go_back(workdir, model, to, reason)
@@ -103,8 +103,8 @@ def registry(
     opensora registry --profile demo --json | jq '.[0].metrics'
     """
     from opensora.config import load_config
-    from opensora.promote import model_name
     from opensora.promotion.table import list_versions, make_table
+    from opensora.tracking.registry import model_name
 
     config = load_config(params, profile)
     model = model_name(config.profile)

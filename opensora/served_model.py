@@ -38,7 +38,7 @@ from opensora.config import UserError
 from opensora.generate import Pipeline, Sampling, choose_sampling, describe_clip, needs
 from opensora.generation_memory import check_resident_memory
 from opensora.models.text import TextEncoder
-from opensora.step import UNWRITABLE, write_json
+from opensora.step import UNWRITABLE, sync, write_json
 from opensora.tracking.registry import asking, ensure_model, register
 from opensora.tracking.store import experiment_id, tracking_uri
 from opensora.training.checkpoint import INFO, SAMPLED, Checkpoint, describe_checkpoint
@@ -190,9 +190,9 @@ def save_served_model(folder: Path, checkpoint: Path, *, embed_models: bool = Tr
         part.chmod(0o755)  # mkdtemp's is for its owner alone
         _write(part, described, embed_models)
         for path in [*part.rglob("*"), part]:
-            _sync(path)
+            sync(path)
         part.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, MlflowException | OSError):
@@ -259,14 +259,6 @@ def _link(source: Path, target: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _verify(folder: Path, hashes: Mapping[str, str]) -> None:

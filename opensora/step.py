@@ -61,6 +61,15 @@ def write_json(path: Path, value: object) -> None:
     part.replace(path)
 
 
+def sync(path: Path) -> None:
+    """See that a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_report(folder: Path) -> Report:
     """The report of a finished step.
 

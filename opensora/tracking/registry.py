@@ -37,6 +37,11 @@ class ChampionMoved(RegistryError):
     """The alias is not where it was when the candidate was judged."""
 
 
+def model_name(profile: str) -> str:
+    """Of the registered model that a profile's checkpoints are versions of."""
+    return f"opensora-{profile}"
+
+
 @dataclass(frozen=True)
 class Version:
     """A registered version."""

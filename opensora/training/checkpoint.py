@@ -12,7 +12,6 @@ One form serves every engine, strategy and number of processes: whole tensors by
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from opensora.config import Config, TrainConfig, UserError, build_config
 from opensora.models.stdit import STDiT, STDiTConfig
-from opensora.step import fingerprint, write_json
+from opensora.step import fingerprint, sync, write_json
 from opensora.weights import WeightsError, hash_file, load_strict
 
 VERSION = 2
@@ -124,11 +123,11 @@ def save_checkpoint(
         values = {"version": VERSION, "step": step, "files": files, "sha256": fingerprint(files), **info}
         write_json(part / INFO, values)
         for path in [*part.iterdir(), part]:
-            _sync(path)
+            sync(path)
         if final.exists():
             shutil.rmtree(final)
         part.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
@@ -136,14 +135,6 @@ def save_checkpoint(
             "whole, and a new start goes on from it"
         ) from error
     return final
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_old(folder: Path, keep: int, every: int = 0) -> None:
