@@ -130,8 +130,11 @@ class Health:
         self._append({"rollback": self.rollbacks, "to_step": step, "bad_steps": steps, "positions": positions})
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON; positions to pass over stand in the file instead, as they outlive it."""
-        return {"mean": self._mean, "deviation": self._deviation, "good": self._good, "streak": self._streak}
+        """What a checkpoint keeps, JSON; positions to pass over stand in the file instead, as they outlive it.
+
+        Steps that follow do not change it: it is written while they are trained.
+        """
+        return {"mean": self._mean, "deviation": self._deviation, "good": self._good, "streak": list(self._streak)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint kept."""

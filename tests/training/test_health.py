@@ -136,6 +136,16 @@ def test_a_resumed_run_judges_as_one_never_stopped(tmp_path: Path) -> None:
         assert (one.must_roll_back, one.first_bad_step) == (True, 200)
 
 
+def test_what_a_checkpoint_keeps_is_not_changed_by_later_steps(tmp_path: Path) -> None:
+    health = warm(tmp_path)
+    bad(health, 200)
+    kept = health.state_dict()
+    before = json.dumps(kept)
+    bad(health, 201)
+    health.good(1.0)
+    assert json.dumps(kept) == before
+
+
 def test_a_line_that_a_kill_tore_is_passed_over(tmp_path: Path) -> None:
     health = Health(CONFIG, tmp_path)
     for step in range(3):

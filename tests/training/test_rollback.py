@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from opensora.step import StepError
+from opensora.training import saver
+from opensora.training.checkpoint import save_checkpoint
 from opensora.training.stop import Stopped
 from tests.training.runs import STEPS, config, final_weights, losses, same, stopped_at, train
 
@@ -45,6 +49,18 @@ def test_a_bad_step_changes_nothing_and_its_clips_are_remembered(spoiled: Path, 
     assert {float(value) for name, value in weights.items() if "step/" in name} == {STEPS - len(skipped)}
 
 
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is written long after the loop handed it over: later steps are trained before."""
+
+    def slow(*args: Any, **values: Any) -> Path:
+        time.sleep(0.2)
+        return save_checkpoint(*args, **values)
+
+    monkeypatch.setattr(saver, "save_checkpoint", slow)
+
+
+@pytest.mark.usefixtures("slow_disk")
 def test_after_bad_steps_in_a_row_the_run_goes_back_and_passes_them_over(
     spoiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
