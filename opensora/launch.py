@@ -9,8 +9,11 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from tempfile import TemporaryDirectory
 
 from opensora.training.stop import SIGNALS, listen
+
+LOGS = "opensora-torchrun-"  # torchrun would leave a folder behind for each start
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,24 +28,29 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_args([*arguments])
     options.training_script_args = [options.training_script, *options.training_script_args]
     options.module, options.training_script = True, "opensora.cli"
-    return exit_code(lambda: run(options))
+    with TemporaryDirectory(prefix=LOGS) as logs:
+        options.log_dir = options.log_dir or logs
+        return exit_code(lambda: run(options))
 
 
 def launch_here(processes: int, module: str, *arguments: str) -> int:
     """Run a module in processes of this machine and wait; returns the exit code, as `exit_code` does."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    launch = elastic_launch(config, sys.executable)
-    return exit_code(lambda: launch("-m", module, *arguments))
+    with TemporaryDirectory(prefix=LOGS) as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        launch = elastic_launch(config, sys.executable)
+        return exit_code(lambda: launch("-m", module, *arguments))
 
 
 def exit_code(start: Callable[[], object]) -> int:

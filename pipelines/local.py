@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import yaml
@@ -41,7 +42,7 @@ def run_local(compiled: Path, parameters: Mapping[str, Any], artifacts: Path) ->
     if "python3" in str(artifacts.resolve()):
         raise PipelineError(f"KFP's local runner rewrites `python3` in paths: choose other folders than {artifacts}")
     narration, own_print = Narration(sys.stdout), builtins.print
-    with redirect_stdout(narration):
+    with redirect_stdout(narration), _own_temporary_folder():
         warnings.filterwarnings("ignore", module=r"kfp\.local")  # that it has no nodes, claims or secrets
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(artifacts), raise_on_error=True)
         pipeline = components.load_component_from_text(_without_retries(compiled))
@@ -53,6 +54,21 @@ def run_local(compiled: Path, parameters: Mapping[str, Any], artifacts: Path) ->
             raise PipelineError(f"{what}: {narration.reason or 'the lines above say why'}") from error
         finally:
             builtins.print = own_print  # KFP indents by another, and its threads do not all put this one back
+
+
+@contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """For all that is started in it: KFP leaves a folder in there for each task."""
+    before = os.environ.get("TMPDIR")
+    with TemporaryDirectory(prefix="opensora-kfp-", ignore_cleanup_errors=True) as folder:
+        os.environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = before
 
 
 def _without_retries(compiled: Path) -> str:

@@ -1,6 +1,5 @@
 """Small models and data that several tests share."""
 
-import atexit
 import os
 import shutil
 import signal
@@ -21,7 +20,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of proces
 
 # What a killed process left half compiled in the folder that a user's processes share would fail all tests after it.
 _compiled = tempfile.mkdtemp(prefix="opensora-inductor-")
-atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled
 
 # A shell without job control starts background commands with SIGINT ignored, and their children inherit it: then no
@@ -30,6 +28,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_unconfigure() -> None:
+    """The processes of pytest-xdist end without Python's own handlers at exit."""
+    shutil.rmtree(_compiled, ignore_errors=True)
 
 
 @pytest.fixture
