@@ -80,6 +80,8 @@ def test_a_run_is_submitted_looked_at_and_cancelled(desk: Desk) -> None:
     assert "registry.example/opensora-python-data@sha256:" in spec
     assert desk.fake.tokens == {"Bearer secret"}
 
+    assert "enableCache" in spec
+
     reason = "error: TrainJob train-video-1a failed on node 13,\nexit code 1: error: rank 107"
     run["run_details"] = {
         "task_details": [
@@ -115,6 +117,14 @@ def test_nothing_is_sent_that_cannot_be_repeated_or_read(desk: Desk) -> None:
     assert "has no parameter 'share'; did you mean shares" in desk.fail("submit", "full", "-p", "share=3")
     assert "--images nowhere.json: " in desk.fail("submit", "full", "--images", "nowhere.json")
     assert not desk.fake.calls
+
+
+def test_a_run_may_take_nothing_from_the_cache(desk: Desk) -> None:
+    desk.say("submit", "full", "--images", str(desk.images), "--no-cache")
+    (run,) = desk.fake.runs.values()
+    spec = json.dumps(run["pipeline_spec"])
+    assert "cachingOptions" in spec
+    assert "enableCache" not in spec
 
 
 def test_servers_that_do_not_answer_as_they_should(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
