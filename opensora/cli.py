@@ -298,10 +298,12 @@ def doctor(
     ] = "http://localhost:8888",
 ) -> None:
     """Is this machine ready for a profile, and with --cluster the cluster? Says what to do where it is not."""
-    from opensora.doctor import examine, examine_cluster, show
+    from opensora.doctor import examine, show
 
     good = show(examine(_config(params, profile, overrides), workdir))
     if cluster:
+        from opensora.doctor_cluster import examine_cluster
+
         good &= show(examine_cluster(namespace, queue, kfp_host))
     if not good:
         raise typer.Exit(1)

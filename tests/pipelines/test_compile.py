@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ import yaml
 from components.image_names import IMAGES
 from opensora.chain import ALL_STEPS
 from opensora.config import load_config
+from opensora.doctor_cluster import TASKS
 from pipelines.compile import PIPELINES, PipelineError, compile_pipeline
 from pipelines.parameters import parameters_of
 from tests.conftest import ROOT
@@ -95,6 +97,22 @@ def test_a_task_has_the_cpus_and_gpus_that_the_profile_uses(compiled: dict[str, 
     assert cpus >= 2 * gpus
     (shm,) = place["emptyDirMounts"]
     assert (shm["mountPath"], shm["medium"], shm["sizeLimit"]) == ("/dev/shm", "Memory", f"{16 * gpus}Gi")
+
+
+def test_the_doctor_knows_the_largest_task_of_each_pool(compiled: dict[str, list[dict]]) -> None:
+    quantity = pytest.importorskip("kubernetes.utils.quantity").parse_quantity
+    definition, platform = compiled["full"]
+    placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    largest: dict[str, dict[str, Any]] = {}
+    for label, executor in definition["deploymentSpec"]["executors"].items():
+        resources = executor["container"]["resources"]
+        asked = {"cpu": resources["resourceCpuLimit"], "memory": resources["resourceMemoryLimit"]}
+        if "accelerator" in resources:
+            asked["nvidia.com/gpu"] = resources["accelerator"]["resourceCount"]
+        pool = largest.setdefault(placed[label]["nodeSelector"]["labels"]["opensora/pool"], {})
+        for name, amount in asked.items():
+            pool[name] = max(pool.get(name, 0), quantity(amount))
+    assert largest == {pool: {name: quantity(value) for name, value in most.items()} for pool, most in TASKS.items()}
 
 
 @pytest.mark.parametrize("name", PIPELINES)

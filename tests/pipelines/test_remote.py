@@ -138,7 +138,7 @@ def test_servers_that_do_not_answer_as_they_should(desk: Desk, monkeypatch: pyte
     (desk.folder / "token.txt").write_text("secret\n")
     assert "Run run-0 not found" in desk.fail("status", "run-0")
     desk.fake.answer = lambda *_: (500, {})  # type: ignore[method-assign]
-    assert "is no Kubeflow Pipelines API (HTTP 500); give --host or KFP_HOST" in desk.fail("status", "run-0")
+    assert "is no Kubeflow Pipelines API (HTTP 500); give its address" in desk.fail("status", "run-0")
     assert "no Kubeflow Pipelines API at http://127.0.0.1:9 (ConnectionError)" in desk.fail(
         "status", "run-0", host="http://127.0.0.1:9"
     )
