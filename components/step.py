@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from opensora.config import Config
     from opensora.step import Report
 
-# Run where the weights lie in a folder of that name; the pod is k8s/weights.yaml.
-BRING = "bring them: tar cf - -C weights . | kubectl -n opensora exec -i weights -- tar xf - -C {}"
+# Run where the weights lie in a folder of that name; k8s/base/weights.yaml takes them.
+BRING = "bring them: tar cf - -C weights . | kubectl -n opensora exec -i deploy/weights -- tar xf - -C {}"
 PARAMS = "OPENSORA_PARAMS"  # environment: where params.yaml lies, for commands too; images hold it beside the code
 
 

@@ -50,7 +50,7 @@ def test_all_that_is_missing_is_named_at_once(
         "vae (for encode, evaluate): ",
         "t5 (for encode, evaluate): ",
         "PixArt-XL-2-512x512.pth (for train_image): ",
-        f"bring them: tar cf - -C weights . | kubectl -n opensora exec -i weights -- tar xf - -C {weights} (docs/",
+        f"bring them: tar cf - -C weights . | kubectl -n opensora exec -i deploy/weights -- tar xf - -C {weights} (docs/",
     ):
         assert text in reason
 
