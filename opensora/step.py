@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -155,6 +156,7 @@ class StepFolder:
         self.key = key
         self.started = time.monotonic()
         self._memory = PeakMemory()
+        weakref.finalize(self, self._memory.stop)  # also where the step fails
 
     def is_done(self) -> bool:
         """Whether the final folder already holds a finished step with the same fingerprint."""
@@ -205,7 +207,10 @@ class StepFolder:
         }
         self._memory.stop()
         write_json(self.path / REPORT, values)
+        before = self.path.with_name(f"{self.path.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
         if self.output.exists():
-            shutil.rmtree(self.output)
+            self.output.rename(before)  # removed under its name it would be half there after a kill, and look whole
         self.path.rename(self.output)
+        shutil.rmtree(before, ignore_errors=True)
         return Report(**values)

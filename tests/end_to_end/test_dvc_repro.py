@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.end_to_end.command import run
 from tests.s3 import s3_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # on a machine that does other things too
 
 
 @pytest.fixture(scope="module")
