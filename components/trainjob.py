@@ -243,7 +243,7 @@ def run(job: TrainJob, cluster: Cluster, poll_s: float = 10, stuck_s: float = 30
     if quota is not None and wanted > quota:
         raise JobError(
             f"TrainJob {job.name} asks for {wanted} GPUs and queue {job.queue} has {quota}: it would wait for ever; "
-            "lower the stage's processes, or raise the quota in k8s/overlays/*/kustomization.yaml"
+            "lower the stage's processes, or raise the quota in k8s/overlays/*/site.env"
         )
     attach(job, cluster)
     try:
