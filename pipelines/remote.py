@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.compile import PipelineError
 
 ROOT = Path(__file__).resolve().parents[1]
-SERVICE_ACCOUNT = "pipeline-runner"
+SERVICE_ACCOUNT = "default-editor"  # of KFP in multi-user mode; its newer releases refuse others unless told
 HEALTH = "/apis/v2beta1/healthz"
 WHERE = (
     "give --host or KFP_HOST, as http://localhost:8888 behind `kubectl -n kubeflow port-forward svc/ml-pipeline 8888`"

@@ -73,7 +73,7 @@ def test_a_run_is_submitted_looked_at_and_cancelled(desk: Desk) -> None:
         "code_revision": desk.commit,
         "image": f"registry.example/opensora-python-train@sha256:{'0' * 64}",  # of the nodes of training
     }
-    assert run["service_account"] == "pipeline-runner"
+    assert run["service_account"] == "default-editor"
     assert run["display_name"].startswith(f"full {desk.commit[:9]} ")
     assert desk.fake.experiments["opensora"]["namespace"] == "opensora"
     spec = json.dumps(run["pipeline_spec"])
