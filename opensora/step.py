@@ -55,11 +55,16 @@ class Report:
 def write_json(path: Path, value: object) -> None:
     """Write `value` so that a reader sees the whole file or none."""
     part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")  # others may write it at the same time
-    with part.open("w") as handle:
-        json.dump(value, handle, indent=2, sort_keys=True)
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.replace(path)
+    try:
+        with part.open("w") as handle:
+            json.dump(value, handle, indent=2, sort_keys=True)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def sync(path: Path) -> None:

@@ -49,7 +49,12 @@ def test_an_unfinished_step_is_named(tmp_path: Path) -> None:
 def test_json_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": object()})
-    assert not (tmp_path / "a.json").exists()
+    with small_disk(tmp_path / "small", "16k") as small:
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                write_json(small / "a.json", "x" * 50_000)
+        assert list(small.iterdir()) == []  # else each try would take what the last one had left free
+    assert not list(tmp_path.glob("*.json*"))
 
 
 def test_fingerprints_follow_values_not_order() -> None:
