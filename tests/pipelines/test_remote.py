@@ -56,6 +56,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("KFP_TOKEN", "secret")
     for name in ("KFP_TOKEN_FILE", "KFP_HOST", "KFP_PAGE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     monkeypatch.setattr(remote, "ROOT", tmp_path / "code")
     monkeypatch.chdir(tmp_path)
     fake = FakeKfp(token="secret")
