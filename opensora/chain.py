@@ -99,17 +99,22 @@ def check_weights(config: "Config", steps: Iterable[str], advice: str = "") -> l
     Raises:
         WeightsError: some are missing or not whole; all of them are named, with the steps that read them.
     """
-    from opensora.weights import MISSING, WeightsError
+    from opensora.weights import MISSING, NoWeights, WeightsError
 
-    found, missing = [], []
+    found, missing, broken = [], [], []
     for name, readers, place in look_for_weights(config, steps):
-        line = f"{name} (for {', '.join(readers)}): "
+        what = f"{name} (for {', '.join(readers)})"
         if isinstance(place, Path):
-            found.append(f"{line}{place}")
+            found.append(f"{what}: {place}")
+        elif not isinstance(place, NoWeights):
+            broken.append(f"{place.reason} (for {', '.join(readers)})")
         elif config.offline:
-            missing.append(line + place.reason)
+            missing.append(what)
     if missing:
-        raise WeightsError(f"profile {config.profile} lacks weights: {'; '.join(missing)}", advice or MISSING)
+        places = " nor in ".join(dict.fromkeys(map(str, (Path.cwd(), Path(config.weights_dir).absolute()))))
+        broken.insert(0, f"{', '.join(missing)}, neither in {places}")
+    if broken:
+        raise WeightsError(f"profile {config.profile} lacks weights: {'; '.join(broken)}", advice or MISSING)
     return found
 
 

@@ -114,13 +114,13 @@ def _space(root: Path) -> Iterator[Finding]:
 
 def _weights(config: "Config") -> Iterator[Finding]:
     from opensora.chain import chain_steps, look_for_weights
-    from opensora.weights import MISSING
+    from opensora.weights import MISSING, NoWeights
 
     for name, readers, place in look_for_weights(config, chain_steps(config)):
         what = f"weights {name}"
         if isinstance(place, Path):
             yield Finding(what, "ok", str(place))
-        elif config.offline:
+        elif config.offline or not isinstance(place, NoWeights):
             yield Finding(what, "failure", f"{place.reason} (for {', '.join(readers)})", MISSING)
         else:
             yield Finding(what, "warning", f"{place.reason}; it will be asked of the hub", "needs a connection")

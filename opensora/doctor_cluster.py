@@ -31,6 +31,12 @@ RIGHTS = (
     ("", "configmaps", "kfp-launcher", ("get",)),
     ("", "secrets", "mlpipeline-minio-artifact", ("get",)),
     ("argoproj.io", "workflowtaskresults", "", ("create", "patch")),
+    ("argoproj.io", "workflowtasksets", "", ("list", "watch")),
+    ("argoproj.io", "workflowtasksets/status", "", ("patch",)),
+)
+CLUSTER_RIGHTS = (
+    ("trainer.kubeflow.org", "clustertrainingruntimes", "", ("get",)),
+    ("kueue.x-k8s.io", "clusterqueues", "", ("get",)),
 )
 TRACKING = "opensora-mlflow"  # namespace
 FROM_FILE = "kubectl -n {} create secret generic {} --from-env-file FILE (docs/cluster.md says what it holds)"
@@ -283,11 +289,12 @@ def _rights(authorization: Any, namespace: str) -> Iterator[Finding]:
 
 
 def _attributes(namespace: str) -> Iterable[dict[str, str]]:
-    for group, resource, name, verbs in RIGHTS:
-        kind, _, part = resource.partition("/")
-        for verb in verbs:
-            attributes = {"namespace": namespace, "group": group, "resource": kind, "subresource": part}
-            yield attributes | {"name": name, "verb": verb}
+    for rights, where in ((RIGHTS, namespace), (CLUSTER_RIGHTS, "")):
+        for group, resource, name, verbs in rights:
+            kind, _, part = resource.partition("/")
+            for verb in verbs:
+                attributes = {"namespace": where, "group": group, "resource": kind, "subresource": part}
+                yield attributes | {"name": name, "verb": verb}
 
 
 def _account(core: Any, namespace: str) -> Iterator[Finding]:

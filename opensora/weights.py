@@ -45,6 +45,10 @@ MODEL_FILES = tuple(
 MISSING = "put the model there, or allow downloads with --set offline=false and a hub id as the name"
 
 
+class NoWeights(WeightsError):
+    """There is no file or folder of that name."""
+
+
 def find_weights(name: str, weights_dir: Path, offline: bool, files: Sequence[str] = ()) -> Path:
     """The folder or file of the model `name`: a path, a path below `weights_dir`, or a hub id when not offline.
 
@@ -52,7 +56,8 @@ def find_weights(name: str, weights_dir: Path, offline: bool, files: Sequence[st
         files: what a folder must hold beside weights, alternatives as in `tokenizer.json|spiece.model`.
 
     Raises:
-        WeightsError: it is nowhere, which says where it was looked for, or it is not whole (see `fault`).
+        NoWeights: it is nowhere; the message says where it was looked for.
+        WeightsError: it is not whole (see `fault`).
     """
     place = next((place for place in (Path(name), weights_dir / name) if place.exists()), None)
     if place is None and not offline:
@@ -61,7 +66,7 @@ def find_weights(name: str, weights_dir: Path, offline: bool, files: Sequence[st
         return Path(snapshot_download(name))
     if place is None:
         places = " nor ".join(dict.fromkeys(map(str, (Path(name), weights_dir / name))))
-        raise WeightsError(f"no weights {name!r}: neither {places} is a folder or file", MISSING)
+        raise NoWeights(f"no weights {name!r}: neither {places} is a folder or file", MISSING)
     if reason := fault(place, files):
         raise WeightsError(reason, "copy or download it again")
     return place

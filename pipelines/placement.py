@@ -42,7 +42,6 @@ def with_internet(task: dsl.PipelineTask) -> dsl.PipelineTask:
 def as_launcher(task: dsl.PipelineTask) -> dsl.PipelineTask:
     """A small task that talks to the cluster's API; it knows its own pod, which owns the job that it makes."""
     on_cpu(task, cpu="1", memory="4Gi")
-    kubernetes.add_pod_label(task, "opensora/api-client", "true")
     kubernetes.use_field_path_as_env(task, env_name="POD_NAME", field_path="metadata.name")
     kubernetes.use_field_path_as_env(task, env_name="POD_UID", field_path="metadata.uid")
     return task

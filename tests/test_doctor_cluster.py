@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from opensora.doctor import Finding
-from opensora.doctor_cluster import KINDS, RIGHTS, examine_cluster
+from opensora.doctor_cluster import CLUSTER_RIGHTS, KINDS, RIGHTS, examine_cluster
 from opensora.kubeflow import SERVICE_ACCOUNT
 from tests.conftest import ROOT
 from tests.json_server import Request, serve
@@ -239,12 +239,15 @@ def test_an_unreachable_cluster_is_one_failure(cluster: Cluster) -> None:
     assert "kubectl version" in findings[1].advice
 
 
-def test_the_manifests_grant_what_the_doctor_asks_for() -> None:
+@pytest.mark.parametrize(
+    ("rights", "kind", "role"), [(RIGHTS, "RoleBinding", "Role"), (CLUSTER_RIGHTS, "ClusterRoleBinding", "ClusterRole")]
+)
+def test_the_manifests_grant_what_the_doctor_asks_for(rights: tuple, kind: str, role: str) -> None:
     found = documents("service-accounts.yaml")
     subject = {"kind": "ServiceAccount", "name": SERVICE_ACCOUNT, "namespace": "opensora"}
-    bindings = [value for (kind, _), value in found.items() if kind == "RoleBinding" and subject in value["subjects"]]
-    rules = [rule for value in bindings for rule in found["Role", value["roleRef"]["name"]]["rules"]]
-    for group, resource, name, verbs in RIGHTS:
+    bindings = [value for (what, _), value in found.items() if what == kind and subject in value["subjects"]]
+    rules = [rule for value in bindings for rule in found[role, value["roleRef"]["name"]]["rules"]]
+    for group, resource, name, verbs in rights:
         for verb in verbs:
             assert any(
                 group in rule["apiGroups"]
@@ -253,6 +256,9 @@ def test_the_manifests_grant_what_the_doctor_asks_for() -> None:
                 and ("resourceNames" not in rule or name in rule["resourceNames"])
                 for rule in rules
             ), f"{verb} {group}/{resource} {name}"
-    # What it reads of nodes and queues, where it runs under that account.
-    readers = [rule["resources"] for rule in found["ClusterRole", "opensora-reader"]["rules"]]
-    assert {"clusterqueues", "resourceflavors", "topologies", "nodes"} <= {name for names in readers for name in names}
+
+
+def test_the_doctor_may_read_what_it_looks_at_in_a_pod_of_that_account() -> None:
+    rules = documents("service-accounts.yaml")["ClusterRole", "opensora-reader"]["rules"]
+    readable = {name for rule in rules for name in rule["resources"]}
+    assert {"clusterqueues", "resourceflavors", "topologies", "nodes", "customresourcedefinitions"} <= readable
