@@ -178,7 +178,11 @@ def _nodes(custom: Any, core: Any, namespace: str, queue: str) -> Iterator[Findi
     except ApiException as error:
         yield _refused("training runtime", error.status or 0)
         needed = {GPU: "1"}
-    _, whole = _queues(custom, namespace, queue)
+    try:
+        _, whole = _queues(custom, namespace, queue)
+    except ApiException:
+        yield Finding("nodes for training", "failure", "the queue says which, and it is missing", APPLY)
+        return
     for name, quota in _quotas(whole).items():
         flavor = _cluster_object(custom, "resourceflavors", name)["spec"]
         topology = flavor.get("topologyName")

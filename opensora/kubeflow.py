@@ -1,6 +1,8 @@
 """Kubeflow Pipelines asked directly: is it there, and does it let the bearer of this token in?"""
 
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from opensora.config import UserError
@@ -37,14 +39,20 @@ def greet(host: str, token: str, namespace: str = "") -> None:
     """Ask for the API's health and, where a namespace is given, for its experiments, which only its users may see.
 
     Raises:
-        KubeflowError: nothing answers, something else does, or the token is missing or refused.
+        KubeflowError: nothing answers, something else does, or the token is missing or refused; for a namespace also if
+            KFP knows no users.
     """
-    _get(host, token, "/healthz")
+    health = _get(host, token, "/healthz")
     if namespace:
+        if not health.get("multi_user"):
+            raise KubeflowError(
+                f"Kubeflow Pipelines at {host} runs in single-user mode, in which runs do not live in {namespace}; "
+                "install it in multi-user mode"
+            )
         _get(host, token, "/experiments", {"namespace": namespace, "page_size": "1"})
 
 
-def _get(host: str, token: str, path: str, query: dict[str, str] | None = None) -> None:
+def _get(host: str, token: str, path: str, query: dict[str, str] | None = None) -> dict:
     import requests
 
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -56,5 +64,15 @@ def _get(host: str, token: str, path: str, query: dict[str, str] | None = None) 
     if 300 <= answer.status_code < 400 or answer.status_code in (401, 403):  # a sign-in page redirects
         what = "refuses the token of KFP_TOKEN or KFP_TOKEN_FILE" if token else "wants a token: set KFP_TOKEN"
         raise KubeflowError(f"Kubeflow Pipelines at {host} {what} (HTTP {answer.status_code})")
+    if answer.status_code == 400:
+        raise KubeflowError(f"Kubeflow Pipelines at {host} says: {_message(answer.text)} (HTTP 400)")
     if answer.status_code != 200 or "json" not in answer.headers.get("Content-Type", ""):
         raise KubeflowError(f"{host} is no Kubeflow Pipelines API (HTTP {answer.status_code}); {WHERE}")
+    return answer.json()
+
+
+def _message(text: str) -> str:
+    """Of a refusal of the API, whose form is {"error", "message", "code"}; in one line."""
+    with suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["message"])
+    return " ".join(text.split())[:300]

@@ -50,7 +50,7 @@ class Cluster:
         self.nodes = [h800(number) for number in range(8)]
         self.nodes += [node("c0", {"opensora/pool": "captioning"}), node("p0", {"opensora/pool": "cpu"})]
         self.answers: dict[str, dict] = {
-            "/apis/v2beta1/healthz": {},
+            "/apis/v2beta1/healthz": {"multi_user": True},
             "/apis/v2beta1/experiments": {},
             f"{KUEUE}/namespaces/opensora/localqueues/opensora": queues["LocalQueue", "opensora"] | {"status": ACTIVE},
             f"{KUEUE}/clusterqueues/opensora": queues["ClusterQueue", "opensora"] | {"status": ACTIVE},
@@ -227,6 +227,10 @@ def test_a_page_that_asks_to_sign_in_is_no_pipelines_api(cluster: Cluster, answe
 def test_pipelines_that_are_healthy_may_still_not_let_one_in(cluster: Cluster) -> None:
     cluster.forbidden = {"/apis/v2beta1/experiments"}
     assert "refuses the token" in cluster.only_red("Kubeflow Pipelines").seen
+    cluster.kfp = (400, {"error": "Invalid", "message": "Invalid input\nerror", "code": 3})
+    assert cluster.only_red("Kubeflow Pipelines").seen.endswith(" says: Invalid input error (HTTP 400)")
+    cluster.kfp = (200, {"multi_user": False})
+    assert "single-user mode" in cluster.only_red("Kubeflow Pipelines").seen
 
 
 def test_an_unreachable_cluster_is_one_failure(cluster: Cluster) -> None:
