@@ -259,10 +259,7 @@ def test_the_quota_holds_the_nodes_it_is_for(overlay: str) -> None:
     for resource in flavor["resources"]:
         name, quota = resource["name"], parse_quantity(resource["nominalQuota"])
         wanted = nodes * parse_quantity(container["resources"]["requests"][name])
-        if name in ("cpu", "memory"):
-            assert quota >= wanted, f"{name}: {quota} is less than {wanted}, what {nodes} nodes ask for"
-        else:
-            assert quota == wanted, f"{name}: {quota}, not the {wanted} that {nodes} nodes have"
+        assert quota >= wanted, f"{name}: {quota} is less than {wanted}, what {nodes} nodes ask for"
 
 
 def test_h800_is_the_published_sixty_four_gpus() -> None:
