@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from opensora import promote as step
-from opensora import served_model
 from opensora.cli import app
 from opensora.config import Gate, PromoteConfig, UserError
 from opensora.promote import preview, run
@@ -298,7 +297,7 @@ def start(server: MlflowServer) -> None:
         assert answer.status == 200
 
 
-@pytest.mark.parametrize(("where", "after"), [(step, "keep"), (served_model, "register_served_model")])
+@pytest.mark.parametrize(("where", "after"), [(step, "keep"), (step, "register_folder")])
 def test_a_server_killed_in_the_middle(
     place: Place, where: ModuleType, after: str, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,12 +33,12 @@ from opensora.served_model import (
     REQUIREMENTS,
     ServedModelError,
     checkpoint_of,
-    register_served_model,
     save_served_model,
     signature_of,
 )
-from opensora.tracking.registry import CHAMPION, model_version_path
+from opensora.tracking.registry import CHAMPION
 from opensora.tracking.store import connect
+from opensora.tracking.version_files import model_version_path, register_folder
 from opensora.training.checkpoint import CheckpointError, describe_checkpoint
 from opensora.weights import hash_file
 from tests.conftest import ROOT
@@ -114,7 +114,7 @@ def running(log: Path, *arguments: str, **environment: str) -> Iterator[subproce
 
 
 def promote(root: Path, folder: Path, tags: dict[str, str]) -> None:
-    version = register_served_model(root, "smoke", MODEL, folder, tags)
+    version = register_folder(root, "smoke", MODEL, folder, tags)
     connect(root).set_registered_model_alias(MODEL, CHAMPION, version)
 
 

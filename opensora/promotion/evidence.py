@@ -8,27 +8,24 @@ import av
 
 from opensora.config import UserError
 from opensora.data.video import read_frames
+from opensora.evaluation.files import BESIDE, METRICS, SCORES, hash_evaluation
 from opensora.promotion.gate import BASIS, Candidate, Champion, Evaluation
-from opensora.step import FINGERPRINT, StepError, fingerprint
+from opensora.step import FINGERPRINT, StepError
 from opensora.tracking.lineage import lineage
 from opensora.tracking.registry import (
     CHAMPION,
     CHECKPOINT_SHA256,
     CHECKPOINT_URI,
+    EVALUATION_FILES,
+    EVALUATION_URI,
+    METRICS_TAG,
     ROLLED_BACK,
     Version,
     champion,
     lost_champion,
 )
+from opensora.tracking.version_files import FilesGone, checkpoint_folder
 from opensora.training.checkpoint import SAMPLED, CheckpointError, find_newest, read_info
-from opensora.weights import hash_file
-
-METRICS, SCORES, BESIDE = "metrics.json", "scores.json", "champion.json"  # what `evaluate` leaves
-EVALUATION_URI, EVALUATION_FILES, METRICS_TAG = (
-    "evaluation.uri",
-    "evaluation.files_sha256",
-    "metrics",
-)  # tags of a version
 
 
 def find_candidate(train: Path) -> tuple[Path, dict]:
@@ -109,12 +106,18 @@ def damage(folder: Path, sha256: str) -> str:
     return "" if found == sha256 else f"{folder} holds another checkpoint, sha256 {found[:12]}"
 
 
-def damage_of(version: Version) -> str:
-    """Why a registered version cannot be loaded; empty if its files are those that were registered."""
+def damage_of(root: Path, model: str, version: Version) -> str:
+    """Why a registered version cannot be loaded; empty if its files are those that were registered.
+
+    They are fetched if they are not on this machine, but in a server's store; raises RegistryError.
+    """
     where, sha256 = version.tags.get(CHECKPOINT_URI), version.tags.get(CHECKPOINT_SHA256)
     if not where or not sha256:
         return f"it was registered without {CHECKPOINT_URI} and {CHECKPOINT_SHA256}, not by `opensora promote`"
-    return damage(Path(where), sha256)
+    try:
+        return damage(checkpoint_folder(root, model, version), sha256)
+    except FilesGone as error:
+        return str(error)
 
 
 def _look_at_a_clip(folder: Path) -> str:
@@ -151,7 +154,7 @@ def read_champion(root: Path, model: str, evaluate: Path, candidate: Evaluation,
         gone = lost_champion(root, model)
         why = "the alias `champion` is gone: its version was deleted from the registry, or somebody removed it"
         return Champion(gone, "", lost=why, has_alias=False) if gone else None
-    sha256, lost = version.tags.get(CHECKPOINT_SHA256, ""), damage_of(version)
+    sha256, lost = version.tags.get(CHECKPOINT_SHA256, ""), damage_of(root, model, version)
     beside = _read_json(evaluate / BESIDE)
     recorded = _recorded(version, stage)
     evaluation, source = recorded, "as evaluated when it was promoted"
@@ -191,8 +194,3 @@ def _recorded(version: Version, stage: str) -> Evaluation | None:
     except (KeyError, ValueError, OSError, StepError):
         pass
     return None
-
-
-def hash_evaluation(folder: Path) -> str:
-    """Of the numbers that a version keeps."""
-    return fingerprint({name: hash_file(folder / name) for name in (METRICS, SCORES) if (folder / name).is_file()})
