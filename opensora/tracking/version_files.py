@@ -8,12 +8,15 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensora.config import UserError
 from opensora.step import UNWRITABLE, fingerprint, sync
+from opensora.tracking.redact import redact
 from opensora.tracking.registry import (
     CHECKPOINT_SHA256,
     CHECKPOINT_URI,
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 
 FILES = "files.sha256"  # tag of what was uploaded: hash of all that lies below ARTIFACTS
 MODEL, ARTIFACTS = "model", "artifacts"  # folder of a version that MLflow loads, and of the weights in it
-TIMEOUT, PATIENCE_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", 3600
+TIMEOUT, BAR = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+PATIENCE_S = 3600
 
 
 class FilesGone(RegistryError):
@@ -117,29 +121,34 @@ def _fetch(root: Path, model: str, version: Version, place: Path) -> None:
     part, final = place / f".{MODEL}.fetch.part", place / MODEL
     shutil.rmtree(part, ignore_errors=True)
     what = f"version {version.version} of {model}"
+    with asking(root) as client:
+        uri = client.get_model_version_download_uri(model, version.version)
     try:
-        part.mkdir()
-        with asking(root) as client, _patience():
-            _download(client.get_model_version_download_uri(model, version.version), part, tracking_uri(root))
-        if _hash_files(part / ARTIFACTS) != version.tags[FILES]:
+        folder = _download(uri, part, tracking_uri(root))
+        if folder is None or _hash_files(folder / ARTIFACTS) != version.tags[FILES]:
             raise FilesGone(f"{store_name(root)} no longer has the files that {what} was registered with")
-        for path in [*part.rglob("*"), part]:
+        for path in [*folder.rglob("*"), folder]:
             sync(path)
         shutil.rmtree(final, ignore_errors=True)  # of a checkpoint that is not whole any more
-        part.rename(final)
-    except (OSError, RegistryError) as error:
-        for number, advice in UNWRITABLE.items():
-            if os.strerror(number) in f"{error} {error.__cause__}":
-                raise RegistryError(f"{what} cannot be fetched to {place}: {advice}") from error
+        folder.rename(final)
+    except UserError:
         raise
+    except Exception as error:  # every kind of store has its own
+        text = redact(" ".join(str(error).split()))
+        why = next((advice for number, advice in UNWRITABLE.items() if os.strerror(number) in text), text[-200:])
+        raise RegistryError(f"{what} cannot be fetched to {place}: {why}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _download(uri: str, folder: Path, server: str) -> None:
-    from mlflow.artifacts import download_artifacts
+def _download(uri: str, folder: Path, server: str) -> Path | None:
+    """Where in `folder` it lies then; None if there is nothing to download."""
+    from mlflow.artifacts import download_artifacts, list_artifacts
 
-    download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=server)
+    with _patience():
+        if not list_artifacts(artifact_uri=uri, tracking_uri=server):
+            return None
+        return Path(download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=server))
 
 
 def _hash_files(folder: Path) -> str:
@@ -153,13 +162,14 @@ def _is_server(root: Path) -> bool:
 
 @contextmanager
 def _patience() -> Iterator[None]:
-    """Requests may take the time of gigabytes; our usual seconds are for metrics."""
-    usual = os.environ.get(TIMEOUT)
-    os.environ[TIMEOUT] = str(max(PATIENCE_S, int(usual or 0)))
+    """Requests may take the time of gigabytes, our usual seconds are for metrics; bars are for those who watch."""
+    usual = {name: os.environ.get(name) for name in (TIMEOUT, BAR)}
+    os.environ |= {TIMEOUT: str(max(PATIENCE_S, int(usual[TIMEOUT] or 0))), BAR: str(sys.stderr.isatty())}
     try:
         yield
     finally:
-        os.environ.pop(TIMEOUT) if usual is None else os.environ.update({TIMEOUT: usual})
+        for name, value in usual.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def model_version_path(uri: str, root: Path) -> Path:
