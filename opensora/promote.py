@@ -58,9 +58,7 @@ class Case:
         return model_name(self.profile)
 
 
-def run(
-    config: PromoteConfig, profile: str, evaluate: Path, train: Path, data: Path, root: Path, output: Path
-) -> Report:
+def run(config: PromoteConfig, profile: str, evaluate: Path, train: Path, root: Path, output: Path) -> Report:
     """Judge the newest checkpoint of `train` by what `evaluate` measured; register and promote it if it passes.
 
     Leaves gate.json and gate.md in `output`. A refusal is a result, not an error; it stands as long as every check
@@ -68,14 +66,14 @@ def run(
     alias moves last.
 
     Args:
-        evaluate, train, data: folders of the evaluation, of the last stage, and of the data that it was trained on.
+        evaluate, train: folders of the evaluation and of the last stage.
         root: folder of all results.
 
     Raises:
         StepError: there is nothing to judge by, or the version's files cannot be kept.
         RegistryError: the registry does not answer.
     """
-    case = open_case(config, profile, evaluate, train, data, root)
+    case = open_case(config, profile, evaluate, train, root)
     folder = StepFolder(output, _key(case))
     if folder.is_done() and _still_stands(output, case):
         return read_report(output)
@@ -94,17 +92,17 @@ def run(
     return folder.finish(Report("promote", total=len(verdict["checks"]), kept=passed))
 
 
-def preview(config: PromoteConfig, profile: str, evaluate: Path, train: Path, data: Path, root: Path) -> dict:
+def preview(config: PromoteConfig, profile: str, evaluate: Path, train: Path, root: Path) -> dict:
     """The verdict of a dry run: nothing is registered, moved or written."""
-    verdict, _ = decide(open_case(config, profile, evaluate, train, data, root))
+    verdict, _ = decide(open_case(config, profile, evaluate, train, root))
     return verdict | {"dry_run": True}
 
 
-def open_case(config: PromoteConfig, profile: str, evaluate: Path, train: Path, data: Path, root: Path) -> Case:
+def open_case(config: PromoteConfig, profile: str, evaluate: Path, train: Path, root: Path) -> Case:
     """Gather what the gate judges of the candidate; raises StepError, CheckpointError or RegistryError."""
     checkpoint, info = find_candidate(train)
     judged = hash_evaluation(evaluate)  # before it is read: what is kept later must be what is read now
-    candidate = read_candidate(checkpoint, info, evaluate, data, profile)
+    candidate = read_candidate(checkpoint, info, evaluate, profile)
     return Case(config, profile, checkpoint, info["stage"], evaluate, root, candidate, judged)
 
 
@@ -135,7 +133,7 @@ def _key(case: Case) -> str:
         case.config.model_dump(),
         candidate.evaluation,
         beside.read_text() if beside.is_file() else "",
-        (candidate.sha256, candidate.artifact_problem, candidate.sample_problem),
+        (candidate.sha256, candidate.artifact_problem, candidate.models_sha256, candidate.sample_problem),
     )
 
 

@@ -46,7 +46,7 @@ def promote(
         from opensora.promote import preview
         from opensora.promotion.report import describe
 
-        print(describe(preview(config.promote, config.profile, *promotion_inputs(config, base), workdir)))
+        print(describe(preview(config.promote, config.profile, *promotion_inputs(base), workdir)))
         return
     report = run_step("promote", config, workdir)
     verdict = json.loads((base / "promote" / "gate.json").read_text())

@@ -38,12 +38,11 @@ from opensora.generate import Pipeline, Sampling, choose_sampling, describe_clip
 from opensora.generation_memory import check_resident_memory
 from opensora.models.text import TextEncoder
 from opensora.step import UNWRITABLE, sync, write_json
-from opensora.training.checkpoint import INFO, SAMPLED, Checkpoint, describe_checkpoint
+from opensora.training.checkpoint import INFO, MODELS, SAMPLED, Checkpoint, describe_checkpoint
 from opensora.weights import hash_file
 
 CONTENTS, CODE = "contents.json", "load_model.py"
 logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells of every example that it checks
-MODELS = ("vae", "text_encoder")
 MAX_ROWS = 8  # of a request; they are made one after the other
 MAX_STEPS = 1000
 MAX_CHARACTERS = 10_000  # of a prompt; the text encoder reads some hundred tokens of it
@@ -98,10 +97,7 @@ class ServedModel(PythonModel):
         artifacts = Path(context.artifacts["contents"]).parent
         contents = json.loads((artifacts / CONTENTS).read_text())
         places = {name: artifacts / context.model_config[name] for name in MODELS}
-        folder = artifacts / contents["checkpoint"]
-        for name, place in {"checkpoint": folder, **places}.items():
-            _verify(place, contents["files"][name])
-        self.pipeline = Pipeline(describe_checkpoint(folder), **places)
+        self.pipeline = Pipeline(_verify(artifacts, contents, places), **places)
         self.usual = choose_sampling(self.pipeline.checkpoint)
         check_resident_memory(needs(self.pipeline, self.usual, 1), self.pipeline.device)
         config = self.pipeline.checkpoint.config
@@ -257,7 +253,32 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _verify(folder: Path, hashes: Mapping[str, str]) -> None:
+def verify_served_model(folder: Path) -> Checkpoint:
+    """Read and hash all that a served model needs, as loading it would: its checkpoint, and VAE and text encoder also
+    where they lie elsewhere. Returns the checkpoint.
+
+    Raises:
+        ServedModelError: it is no served model, or a file of the models is missing or changed.
+        CheckpointError: one of the checkpoint's is.
+    """
+    artifacts = folder / "artifacts"
+    try:
+        contents = json.loads((artifacts / CONTENTS).read_text())
+        config = Model.load(str(folder)).flavors[FLAVOR_NAME]["config"]
+        places = {name: artifacts / config[name] for name in MODELS}
+    except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ServedModelError(f"{folder} is no served model: {error}; save one with `save_served_model`") from None
+    return _verify(artifacts, contents, places)
+
+
+def _verify(artifacts: Path, contents: Mapping[str, Any], places: Mapping[str, Path]) -> Checkpoint:
+    checkpoint = artifacts / contents["checkpoint"]
+    for name, place in {"checkpoint": checkpoint, **places}.items():
+        _verify_files(place, contents["files"][name])
+    return describe_checkpoint(checkpoint)
+
+
+def _verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():

@@ -12,18 +12,20 @@ from typer.testing import CliRunner
 
 from opensora import promote as step
 from opensora.cli import app
-from opensora.config import Gate, PromoteConfig, UserError
+from opensora.config import PromoteConfig, UserError
+from opensora.evaluation import METRICS_VERSION
 from opensora.evaluation.champion import find_champion
 from opensora.promote import preview, run
 from opensora.promotion.rollback import rollback
 from opensora.promotion.table import list_versions
 from opensora.step import StepError
+from opensora.tracking.lineage import lineage
 from opensora.tracking.promotion_lock import LOCK_TAG
 from opensora.tracking.registry import RegistryError, champion, versions
 from opensora.tracking.store import connect
 from opensora.tracking.version_files import model_version_path
 from opensora.training.checkpoint import describe_checkpoint
-from tests.promotion_case import BETTER, GATES, change_json, make_candidate, make_evaluation
+from tests.promotion_case import BETTER, GATES, change_json, make_beside, make_candidate, make_evaluation
 from tests.small_disk import small_disk
 from tests.tracking.mlflow_server import MlflowServer
 
@@ -33,7 +35,6 @@ MODEL = "opensora-smoke"
 @pytest.fixture(autouse=True)
 def default_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("OPENSORA_DATA_REVISION", "data-1")
 
 
 class Place:
@@ -42,13 +43,13 @@ class Place:
     def __init__(self, root: Path, checkpoint: Path) -> None:
         self.root, self.base, self.checkpoint = root, root / "smoke", checkpoint
 
-    def candidate(self, shift: float, right: int, **changes: object) -> str:
-        sha256 = make_candidate(self.base, self.checkpoint, shift)
+    def candidate(self, shift: float, right: int, lineage: dict[str, str] | None = None, **changes: object) -> str:
+        sha256 = make_candidate(self.base, self.checkpoint, shift, lineage)
         make_evaluation(self.base, sha256, right, **changes)
         return sha256
 
-    def inputs(self) -> tuple[Path, Path, Path]:
-        return self.base / "evaluate", self.base / "train_video", self.base / "encode"
+    def inputs(self) -> tuple[Path, Path]:
+        return self.base / "evaluate", self.base / "train_video"
 
     def promote(self, config: PromoteConfig = GATES) -> dict:
         run(config, "smoke", *self.inputs(), self.root, self.base / "promote")
@@ -142,8 +143,8 @@ def test_promotion_refusal_and_roll_back(place: Place) -> None:
 def test_a_candidate_that_is_not_what_was_evaluated(place: Place) -> None:
     place.candidate(1, 20, checkpoint_sha256="other")
     assert "of checkpoint other" in failed(place.promote())["evaluation"]
-    place.candidate(1, 20, metrics_version=2)
-    assert "version 2" in failed(place.promote())["evaluation"]
+    place.candidate(1, 20, metrics_version=METRICS_VERSION + 1)
+    assert f"version {METRICS_VERSION + 1}" in failed(place.promote())["evaluation"]
     place.candidate(1, 20, following=float("nan"))
     assert "nan" in failed(place.promote())["floor"]
     place.candidate(1, 20)
@@ -202,23 +203,16 @@ def test_a_champion_that_is_lost_is_no_free_pass(place: Place) -> None:
 def test_the_champion_beside_the_candidate_counts_before_what_was_recorded(place: Place) -> None:
     first = place.candidate(1, 20)
     place.promote()
-    place.candidate(2, 22, samples_per_stage=24, fd_extractor="i3d")
+    place.candidate(2, 22, fd_extractor="i3d")
     assert "fd_extractor is i3d here, randconv there" in failed(place.promote())["champion"]
-    metrics = {"following": 14 / 24, "metrics_version": 1, "fd_extractor": "i3d", "samples_per_stage": 24}
-    beside = {
-        "version": "1",
-        "sha256": first,
-        "metrics": metrics,
-        "scores": [{"follows": int(n < 14)} for n in range(24)],
-    }
-    (place.base / "evaluate" / "champion.json").write_text(json.dumps(beside))
+    make_beside(place.base, "1", first, 14, fd_extractor="i3d")
     verdict = place.promote(BETTER)
     assert verdict["version"] == "2"
     (check,) = (check for check in verdict["checks"] if check["kind"] == "improvement")
     assert check["champion"] == 14 / 24
     assert check["interval"][0] > 0
     place.candidate(3, 24)  # its champion.json is gone, and version 2 recorded another extractor
-    (place.base / "evaluate" / "champion.json").write_text(json.dumps(beside))  # of a champion that is none any more
+    make_beside(place.base, "1", first, 14)  # of a champion that is none any more
     assert "as evaluated when it was promoted" in failed(place.promote())["champion"]
     version = champion(place.root, MODEL)
     assert version
@@ -227,20 +221,66 @@ def test_the_champion_beside_the_candidate_counts_before_what_was_recorded(place
     assert "no evaluation" in failed(place.promote(BETTER))["champion"]
 
 
-def test_what_only_the_champions_chain_measured_is_as_recorded(place: Place) -> None:
-    """A champion keeps its last stage alone: captions and stages before it are not measured beside the candidate."""
-    gates = PromoteConfig(gates=(*GATES.gates, Gate(metric="captions", floor=0.5, tolerance=0.1)))
-    first = place.candidate(1, 20, captions=0.9)
-    place.promote(gates)
-    metrics = {"following": 20 / 24, "metrics_version": 1, "fd_extractor": "randconv", "samples_per_stage": 24}
-    beside = {"version": "1", "sha256": first, "metrics": metrics, "scores": [{"follows": 1} for _ in range(24)]}
-    for shift, captions in ((2, 0.7), (3, 0.85)):
-        place.candidate(shift, 20, captions=captions)
-        (place.base / "evaluate" / "champion.json").write_text(json.dumps(beside))
-        verdict = place.promote(gates)
-        assert verdict["verdict"] == ("promoted" if captions > 0.8 else "rejected")
-        (check,) = (c for c in verdict["checks"] if (c["kind"], c["metric"]) == ("non-inferiority", "captions"))
-        assert check["champion"] == 0.9
+def test_the_vae_and_the_text_encoder_are_judged_too(place: Place) -> None:
+    place.candidate(1, 20)
+    vae = place.base / "demo_models" / "vae"
+    (weights,) = vae.glob("*.safetensors")
+    good = weights.read_bytes()
+    weights.unlink()
+    assert "vae is" in failed(place.promote())["artifact"]
+    weights.write_bytes(bytes(len(good)))
+    assert "put its files back" in failed(place.promote())["artifact"]
+    vae.rename(hidden := vae.with_name("hidden"))
+    assert "needs demo_models/vae, which is in none of the folders" in failed(place.promote())["artifact"]
+    hidden.rename(vae)
+    weights.write_bytes(good)
+    assert place.promote()["version"] == "1"
+
+    place.candidate(2, 20)
+    assert place.promote()["version"] == "2"
+    two, one = (Path(version.tags["checkpoint.uri"]).parent for version in versions(place.root, MODEL))
+    (one / "demo_models" / "vae" / weights.name).unlink()
+    with pytest.raises(RegistryError, match=r"vae/.*safetensors is missing.*nothing was moved"):
+        rollback(place.root, MODEL)
+    records = list_versions(place.root, MODEL, verify=True)
+    assert [("is missing" in str(record["problem"])) for record in records] == [False, True]
+    (encoder,) = (two / "demo_models" / "t5").glob("*.safetensors")
+    encoder.unlink()
+    encoder.write_bytes(b"another")
+    place.candidate(3, 24)
+    assert "version 2 is lost" in (reason := failed(place.promote())["champion"])
+    assert "is not the file this model was saved with" in reason
+    place.candidate(2, 20)  # whose damaged copy is there already
+    lax = GATES.model_copy(update={"replace_lost_champion": True})
+    assert place.promote(lax)["version"] == "2"
+    assert not list_versions(place.root, MODEL, verify=True)[0]["problem"]
+
+
+def test_the_lineage_is_that_of_the_training(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENSORA_REVISION", "abc-dirty")
+    monkeypatch.setenv("OPENSORA_DATA_REVISION", "data-7")
+    place.candidate(1, 20, lineage=lineage())
+    monkeypatch.setenv("OPENSORA_REVISION", "def")
+    monkeypatch.setenv("OPENSORA_DATA_REVISION", "data-8")
+    verdict = place.promote()
+    assert verdict["checks"][0]["reason"] == "git_commit abc with uncommitted changes, data_revision data-7"
+    (one,) = versions(place.root, MODEL)
+    assert (one.tags["git_commit"], one.tags["git_dirty"], one.tags["data_revision"]) == ("abc", "true", "data-7")
+    place.candidate(2, 20, lineage={})  # by a program that did not write it down
+    assert "remove the folder of train_video and train it anew" in failed(place.promote())["lineage"]
+
+
+def test_a_champion_that_lost_its_signature_is_asked_for_it(place: Place) -> None:
+    place.candidate(1, 20)
+    place.promote()
+    connect(place.root).delete_model_version_tag(MODEL, "1", "signature")
+    place.candidate(2, 20)
+    verdict = preview(GATES, "smoke", *place.inputs(), place.root)
+    assert [check["reason"] for check in verdict["checks"] if check["kind"] == "signature"] == ["the champion's"]
+    (described,) = place.root.glob(f"registry/{MODEL}/*/model/MLmodel")
+    text = described.read_text()
+    described.write_text(text.replace('"name": "seed", "required": true', '"name": "seed", "required": false'))
+    assert "cannot call the candidate" in failed(place.promote())["signature"]
 
 
 def test_an_alias_moved_by_hand_meanwhile_is_judged_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from opensora.config import UserError
 from opensora.evaluation.files import METRICS, SCORES, hash_evaluation
-from opensora.promotion.evidence import damage
+from opensora.promotion.evidence import served_damage
 from opensora.step import UNWRITABLE, StepError
 from opensora.tracking.version_files import MODEL
 from opensora.training.checkpoint import read_info
@@ -37,18 +36,14 @@ def keep(place: Path, checkpoint: Path, evaluate: Path, judged: str) -> tuple[Pa
         StepError, ServedModelError: they could not be written, as on a full disk, or not as they were read, or the
             evaluation is not the one that was judged; nothing half is left.
     """
-    from opensora.served_model import checkpoint_of, save_served_model
+    from opensora.served_model import save_served_model
 
     info, model = read_info(checkpoint, verify=False), place / MODEL
     try:
-        whole = not damage(checkpoint_of(model), info["sha256"])
-    except UserError:
-        whole = False
-    try:
-        if not whole:
+        if served_damage(model, info["sha256"]):  # not there yet, or not whole
             shutil.rmtree(model, ignore_errors=True)
             save_served_model(model, checkpoint, embed_models=False)
-            if problem := damage(checkpoint_of(model), info["sha256"]):
+            if problem := served_damage(model, info["sha256"]):
                 raise StepError(f"the copy of {checkpoint} is not what was read: {problem}; look at the disk")
         with _appearing(place / EVALUATION) as part:
             _copy_evaluation(evaluate, info["stage"], part)
