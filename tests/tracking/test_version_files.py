@@ -55,6 +55,10 @@ def names(folder: Path) -> set[str]:
 def test_processes_that_need_the_same_version_fetch_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "runs"
     uri = register_elsewhere(root, "fetched")
+    place = version_place(root, "fetched", fingerprint("fetched"))
+    cut_off = place / ".model.fetch.part" / "artifacts"
+    cut_off.mkdir(parents=True)
+    (cut_off / "half of a file").touch()
     asked, ask = [], MlflowClient.get_model_version_download_uri
 
     def count(*arguments: object) -> object:
@@ -68,7 +72,6 @@ def test_processes_that_need_the_same_version_fetch_it_once(tmp_path: Path, monk
         thread.start()
     for thread in threads:
         thread.join(120)
-    place = version_place(root, "fetched", fingerprint("fetched"))
     assert found == [place / "model" / "artifacts" / "step-1"] * 3
     assert len(asked) == 1
     inside = {"MLmodel", "artifacts/step-1/checkpoint.json", "artifacts/step-1/model.safetensors"}
