@@ -176,7 +176,7 @@ def run_step(name: str, config: "Config", root: Path) -> "Report":
         case "promote":
             from opensora.promote import run as promote
 
-            return promote(config.promote, config.profile, *promotion_inputs(config, base), root, output)
+            return promote(config.promote, config.profile, *promotion_inputs(base), root, output)
         case _ if name in TRAIN_STEPS:
             from opensora.training.stages import run as train
             from opensora.training.stages import stage_before
@@ -196,13 +196,11 @@ def training_source(config: "Config", stage: str, base: Path) -> "Source":
     return Source(base / "caption", base / "split", *encoder_folders(config, base))
 
 
-def promotion_inputs(config: "Config", base: Path) -> tuple[Path, Path, Path]:
-    """What the gate reads: folders of the evaluation, of the last stage, and of the data that it was trained on."""
+def promotion_inputs(base: Path) -> tuple[Path, Path]:
+    """What the gate reads: folders of the evaluation and of the last stage."""
     from opensora.config import TRAIN_STEPS
 
-    last = TRAIN_STEPS[-1]
-    data = "encode" if getattr(config, last).data == "latents" else "caption"
-    return base / "evaluate", base / last, base / data
+    return base / "evaluate", base / TRAIN_STEPS[-1]
 
 
 def weights_folder(config: "Config", base: Path, name: str, files: tuple[str, ...]) -> Path:

@@ -17,6 +17,12 @@ DATA_STEPS = ("download", "split", "score", "caption", "encode")
 TRAIN_STEPS = ("train_image", "train_video", "train_highres")
 STRATEGIES = {"torch": ("ddp", "fsdp"), "colossalai": ("ddp", "zero1", "zero2", "gemini")}
 STEPS = (*DATA_STEPS, *TRAIN_STEPS, "evaluate", "promote")
+# Ends of metrics' names: a video in which nothing moves is best by the first, and worst by the second.
+STILL = (
+    *("flicker", "motion_smoothness", "clip_temporal_consistency"),
+    *("temporal_flickering", "subject_consistency", "background_consistency"),  # VBench's
+)
+MOTION = ("flow_degree", "dynamic_degree")
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -313,7 +319,9 @@ class Gate(Section):
     direction: Literal["higher", "lower"] = "higher"
     floor: Finite | None = Field(None, description="absolute limit, which every model must reach; null: none")
     tolerance: Annotated[Finite, Field(ge=0)] | None = Field(
-        None, description="how much worse than the champion is accepted; null: not compared"
+        None,
+        description="how much worse than the champion is accepted, of what `evaluate` measures of it beside the "
+        "candidate: train_highres_… and prompt_following_…; null: not compared",
     )
 
     @model_validator(mode="after")
@@ -350,6 +358,28 @@ class PromoteConfig(Section):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"promote.gates names {', '.join(twice)} more than once; write one gate a metric")
         return self
+
+    @model_validator(mode="after")
+    def _asks_for_motion(self) -> "PromoteConfig":
+        """A frozen video must not pass by what it is perfect in."""
+        asked = [(gate.metric, _stage_of(gate.metric)) for gate in self.gates if gate.direction == "higher"]
+        if self.primary and self.primary.direction == "higher":
+            asked.append((self.primary.score, TRAIN_STEPS[-1]))
+        floors = {gate.metric for gate in self.gates if gate.direction == "higher" and (gate.floor or 0) > 0}
+        moving = {_stage_of(name) for name in floors if name.endswith(MOTION)}
+        for name, stage in asked:
+            if name.endswith(STILL) and stage not in moving:
+                prefix = f"{stage}_" if stage else ""
+                raise ValueError(
+                    f"promote lets a video pass in which nothing moves, which is perfect in {name}; add a gate with a "
+                    f"floor above 0 on {prefix}flow_degree or {prefix}dynamic_degree"
+                )
+        return self
+
+
+def _stage_of(metric: str) -> str:
+    """The stage that a name in metrics.json begins with; empty for what is not of one stage."""
+    return next((stage for stage in TRAIN_STEPS if metric.startswith(f"{stage}_")), "")
 
 
 class Config(Section):
@@ -419,6 +449,13 @@ class Config(Section):
                 f"model.model_max_length {self.model.model_max_length} and encode.max_tokens "
                 f"{self.encode.max_tokens} must be equal"
             )
+        for gate in self.promote.gates:
+            again = (f"{TRAIN_STEPS[-1]}_", "prompt_following_")
+            if gate.tolerance is not None and not gate.metric.startswith(again):
+                raise ValueError(
+                    f"promote.gates compares {gate.metric} with the champion's, of which only {again[0]}… and "
+                    f"{again[1]}… are measured again beside a candidate; give it a floor, and null as its tolerance"
+                )
         if self.model.hidden_size % self.model.num_heads or self.model.hidden_size % 4:
             raise ValueError("model.hidden_size must be a multiple of model.num_heads and of 4")
         return self

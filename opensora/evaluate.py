@@ -16,7 +16,7 @@ from opensora.evaluation.champion import Champion, find_champion
 from opensora.evaluation.measuring import Findings, measure_all
 from opensora.evaluation.plan import Data, Plan, make_plan
 from opensora.evaluation.plots import write_plots
-from opensora.evaluation.records import champion_record, metrics_record, scores_record
+from opensora.evaluation.records import champion_record, hash_models, metrics_record, scores_record
 from opensora.evaluation.sampling import Weights
 from opensora.evaluation.scores import Measured
 from opensora.gallery import write_gallery
@@ -56,12 +56,14 @@ def run(
     checkpoints = {name: describe_checkpoint(folder / "checkpoints") for name, folder in stages.items()}
     plan = make_plan(config.evaluate, data, weights or {}, output.parent / CACHE)
     references = {name: plan.reference(checkpoint) for name, checkpoint in checkpoints.items()}
+    models = {name: hash_models(one.info, one.folder, plan.cache) for name, one in checkpoints.items()}
     champion = find_champion(root, model_name(config.profile))
     opponent = _opponent(champion, list(checkpoints.values())[-1].sha256, output)
     made_of = (
         config.evaluate.model_dump(exclude={"processes"}),
         [plan.identity(reference) for reference in references.values()],
         {name: checkpoint.sha256 for name, checkpoint in checkpoints.items()},
+        models,
         dict(extra),
         opponent,
     )
@@ -76,7 +78,7 @@ def run(
             tracker.log_dataset(plan.data.manifest, "evaluation")
         found = measure_all(plan, checkpoints, references, champion, work)
         metrics = dict(extra) | metrics_record(plan, found) | {"compared_with": opponent}
-        metrics["checkpoint_sha256"] = list(checkpoints.values())[-1].sha256
+        metrics |= {"checkpoint_sha256": checkpoints[found.last].sha256, "models_sha256": models[found.last]}
         metrics |= {"seconds": dict(seconds), "peak_memory_mib": peak_memory_mib}
         _write(config.profile, plan, found, metrics, stages, work)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -16,8 +16,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,18 +38,14 @@ from opensora.generate import Pipeline, Sampling, choose_sampling, describe_clip
 from opensora.generation_memory import check_resident_memory
 from opensora.models.text import TextEncoder
 from opensora.step import UNWRITABLE, sync, write_json
-from opensora.tracking.registry import asking, ensure_model, register
-from opensora.tracking.store import experiment_id, tracking_uri
-from opensora.training.checkpoint import INFO, SAMPLED, Checkpoint, describe_checkpoint
+from opensora.training.checkpoint import INFO, MODELS, SAMPLED, Checkpoint, describe_checkpoint
 from opensora.weights import hash_file
 
 CONTENTS, CODE = "contents.json", "load_model.py"
 logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells of every example that it checks
-MODELS = ("vae", "text_encoder")
 MAX_ROWS = 8  # of a request; they are made one after the other
 MAX_STEPS = 1000
 MAX_CHARACTERS = 10_000  # of a prompt; the text encoder reads some hundred tokens of it
-TIMEOUT, UPLOAD_TIMEOUT_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", 3600
 # What the code inside imports, pinned to the versions that saved it; a test compares.
 REQUIREMENTS = (
     *("av", "beautifulsoup4", "diffusers", "ftfy", "mlflow", "numpy", "opencv-python-headless", "pandas", "pillow"),
@@ -102,10 +97,7 @@ class ServedModel(PythonModel):
         artifacts = Path(context.artifacts["contents"]).parent
         contents = json.loads((artifacts / CONTENTS).read_text())
         places = {name: artifacts / context.model_config[name] for name in MODELS}
-        folder = artifacts / contents["checkpoint"]
-        for name, place in {"checkpoint": folder, **places}.items():
-            _verify(place, contents["files"][name])
-        self.pipeline = Pipeline(describe_checkpoint(folder), **places)
+        self.pipeline = Pipeline(_verify(artifacts, contents, places), **places)
         self.usual = choose_sampling(self.pipeline.checkpoint)
         check_resident_memory(needs(self.pipeline, self.usual, 1), self.pipeline.device)
         config = self.pipeline.checkpoint.config
@@ -261,7 +253,32 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _verify(folder: Path, hashes: Mapping[str, str]) -> None:
+def verify_served_model(folder: Path) -> Checkpoint:
+    """Read and hash all that a served model needs, as loading it would: its checkpoint, and VAE and text encoder also
+    where they lie elsewhere. Returns the checkpoint.
+
+    Raises:
+        ServedModelError: it is no served model, or a file of the models is missing or changed.
+        CheckpointError: one of the checkpoint's is.
+    """
+    artifacts = folder / "artifacts"
+    try:
+        contents = json.loads((artifacts / CONTENTS).read_text())
+        config = Model.load(str(folder)).flavors[FLAVOR_NAME]["config"]
+        places = {name: artifacts / config[name] for name in MODELS}
+    except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ServedModelError(f"{folder} is no served model: {error}; save one with `save_served_model`") from None
+    return _verify(artifacts, contents, places)
+
+
+def _verify(artifacts: Path, contents: Mapping[str, Any], places: Mapping[str, Path]) -> Checkpoint:
+    checkpoint = artifacts / contents["checkpoint"]
+    for name, place in {"checkpoint": checkpoint, **places}.items():
+        _verify_files(place, contents["files"][name])
+    return describe_checkpoint(checkpoint)
+
+
+def _verify_files(folder: Path, hashes: Mapping[str, str]) -> None:
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
@@ -287,38 +304,6 @@ def checkpoint_of(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise ServedModelError(f"{folder} is no served model: {error}; save one with `save_served_model`") from None
     return folder / "artifacts" / contents["checkpoint"]
-
-
-def register_served_model(root: Path, profile: str, model: str, folder: Path, tags: dict[str, str]) -> str:
-    """Register the folder as the next version of `model`; returns its number.
-
-    A database is told where the folder lies. A server does not take a path of another machine's, and could not give
-    it to anybody: the files are uploaded to its store, as a logged model of the profile's experiment.
-
-    Raises:
-        RegistryError: the registry does not answer, or refuses.
-    """
-    if not tracking_uri(root).startswith(("http://", "https://")):
-        return register(root, model, folder, tags)
-    ensure_model(root, model)
-    with asking(root) as client:
-        logged = client.create_logged_model(experiment_id(client, root, profile), name=model, tags=tags)
-        with _patience():
-            client.log_model_artifacts(logged.model_id, str(folder))
-        client.finalize_logged_model(logged.model_id, "READY")
-        source = f"models:/{logged.model_id}"
-        return str(client.create_model_version(model, source, tags=tags, model_id=logged.model_id).version)
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Requests may take the time of gigabytes; our usual seconds are for metrics."""
-    usual = os.environ.get(TIMEOUT)
-    os.environ[TIMEOUT] = str(max(UPLOAD_TIMEOUT_S, int(usual or 0)))
-    try:
-        yield
-    finally:
-        os.environ.pop(TIMEOUT) if usual is None else os.environ.update({TIMEOUT: usual})
 
 
 def signature_of(folder: Path | None = None) -> str:

@@ -8,8 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.tracking.mlflow_server import MlflowServer
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_MODEL_CATALOG_URI", "")
@@ -138,3 +142,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, vae: Path, text_encoder
             "vae_scale": 4,
         },
     )
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated database, to copy: making one takes seconds."""
+    from opensora.tracking.store import connect
+
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        connect(root).search_registered_models()
+    return root / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> "Iterator[MlflowServer]":
+    """A server that answers; a test that kills it starts it again."""
+    from tests.tracking.mlflow_server import MlflowServer
+
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(mlflow_store, folder)
+    server = MlflowServer(folder)
+    try:
+        server.start_warm()
+        yield server
+    finally:
+        server.close()

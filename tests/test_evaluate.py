@@ -14,13 +14,15 @@ import pytest
 from opensora.config import ConfigError, UserError, load_config
 from opensora.demo.shapes import Scene, all_scenes, render_clip
 from opensora.evaluate import run
+from opensora.evaluation import METRICS_VERSION
 from opensora.evaluation.champion import find_champion, read_kept
 from opensora.evaluation.prompts import describe_seeds, evaluation_prompts
+from opensora.evaluation.records import hash_models
 from opensora.evaluation.reference import Shape, rendered_reference
 from opensora.evaluation.sampling import Row, describe_sample
 from opensora.evaluation.scores import follows, measure, prompt_scores
 from opensora.metrics.suite import Suite
-from opensora.step import Report
+from opensora.step import Report, StepError
 from opensora.tracking.registry import register
 from opensora.tracking.store import connect
 from opensora.training.checkpoint import read_info
@@ -127,11 +129,13 @@ def test_the_step_leaves_metrics_scores_gallery_and_samples(first: Path) -> None
     metrics, folder = json.loads((first / "evaluate" / "metrics.json").read_text()), first / "evaluate"
     assert metrics["caption_exact_match"] == 0.5
     assert metrics["seconds"] == {"split": 2.0}
-    assert (metrics["metrics_version"], metrics["fd_extractor"], metrics["samples_per_stage"]) == (1, "randconv", 4)
+    assert metrics["metrics_version"] == METRICS_VERSION
+    assert (metrics["fd_extractor"], metrics["samples_per_stage"]) == ("randconv", 4)
     assert (metrics["seeds"], metrics["reference_clips"]) == ("1000-1003", 48)
     assert 0 <= metrics["prompt_following_seen"] <= 1
     (newest,) = (first / "train_video" / "checkpoints").glob("step-*")
     assert metrics["checkpoint_sha256"] == read_info(newest)["sha256"]
+    assert metrics["models_sha256"] == hash_models(read_info(newest), newest, first / "other")
     assert metrics["absent"]["fvd_videomae"] == "evaluate.videomae is not set"
     scores = json.loads((folder / "scores.json").read_text())
     of_stage = scores["stages"]["train_video"]
@@ -143,6 +147,23 @@ def test_the_step_leaves_metrics_scores_gallery_and_samples(first: Path) -> None
         assert (folder / name).is_file()
     assert not (folder / "champion.json").exists()
     assert evaluate(first) == Report(**json.loads((folder / "report.json").read_text()))  # a repeat does nothing
+
+
+def test_another_vae_is_another_evaluation(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(*_: object) -> None:
+        raise StepError("generates")
+
+    shutil.copytree(first.parent, tmp_path, dirs_exist_ok=True)
+    base = tmp_path / "smoke"
+    monkeypatch.setattr("opensora.evaluate.measure_all", generate)
+    evaluate(base)  # nothing to do
+    (weights,) = (base / "demo_models" / "vae").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(StepError, match="generates"):
+        evaluate(base)
+    (newest,) = (base / "train_video" / "checkpoints").glob("step-*")
+    before, now = results(first)["models_sha256"], hash_models(read_info(newest), newest, tmp_path)
+    assert [before[name] == now[name] for name in ("vae", "text_encoder")] == [False, True]
 
 
 def test_a_stage_without_a_usable_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -33,13 +33,14 @@ from opensora.served_model import (
     REQUIREMENTS,
     ServedModelError,
     checkpoint_of,
-    register_served_model,
     save_served_model,
     signature_of,
+    verify_served_model,
 )
-from opensora.tracking.registry import CHAMPION, model_version_path
+from opensora.tracking.registry import CHAMPION
 from opensora.tracking.store import connect
-from opensora.training.checkpoint import CheckpointError, describe_checkpoint
+from opensora.tracking.version_files import model_version_path, register_folder
+from opensora.training.checkpoint import CheckpointError, describe_checkpoint, read_info
 from opensora.weights import hash_file
 from tests.conftest import ROOT
 from tests.small_disk import small_disk
@@ -114,7 +115,7 @@ def running(log: Path, *arguments: str, **environment: str) -> Iterator[subproce
 
 
 def promote(root: Path, folder: Path, tags: dict[str, str]) -> None:
-    version = register_served_model(root, "smoke", MODEL, folder, tags)
+    version = register_folder(root, "smoke", MODEL, folder, tags)
     connect(root).set_registered_model_alias(MODEL, CHAMPION, version)
 
 
@@ -232,7 +233,11 @@ def test_models_outside_are_kept_by_path_and_hash(
         path for path in folder.rglob("*.safetensors") if "step" not in str(path)
     ]
     assert len(predict(load(folder), {"prompt": PROMPT, "seed": 3})) == 1
+    assert verify_served_model(folder).sha256 == verify_served_model(whole).sha256 == read_info(outside)["sha256"]
     moved = weights.rename(tmp_path / "elsewhere")
+    with pytest.raises(ServedModelError, match=r"weights/vae/config\.json is missing"):
+        verify_served_model(folder)
+    verify_served_model(whole)
     with pytest.raises(ServedModelError, match=r"weights/vae/config\.json is missing"):
         load(folder)
     places = {"vae": str(moved / "vae"), "text_encoder": str(moved / "t5")}
@@ -267,6 +272,8 @@ def test_what_cannot_be_served_leaves_nothing(checkpoint: Path, outside: Path, s
         save_served_model(served, checkpoint)
     with pytest.raises(ServedModelError, match="is no served model"):
         checkpoint_of(tmp_path)
+    with pytest.raises(ServedModelError, match="is no served model"):
+        verify_served_model(tmp_path)
     with pytest.raises(ServedModelError, match="is no MLflow model"):
         signature_of(tmp_path)
 

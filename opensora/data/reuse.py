@@ -30,7 +30,7 @@ def hash_folder(folder: Path, memory: Path) -> dict[str, str]:
         known = json.loads((memory / HASHES).read_text())
     except (OSError, json.JSONDecodeError):
         known = {}
-    hashes = {}
+    hashes, before = {}, dict(known)
     for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"):
         about = path.stat()
         state = [about.st_size, about.st_mtime_ns]
@@ -38,8 +38,9 @@ def hash_folder(folder: Path, memory: Path) -> dict[str, str]:
         if not entry or entry[:2] != state:
             entry = known[str(path.resolve())] = [*state, hash_file(path)]
         hashes[path.name] = entry[2]
-    memory.mkdir(parents=True, exist_ok=True)
-    write_json(memory / HASHES, {path: entry for path, entry in known.items() if Path(path).is_file()})
+    if known != before:
+        memory.mkdir(parents=True, exist_ok=True)
+        write_json(memory / HASHES, {path: entry for path, entry in known.items() if Path(path).is_file()})
     return hashes
 
 

@@ -1,9 +1,12 @@
 """metrics.json, scores.json and champion.json: what the gate, DVC and MLflow read of an evaluation."""
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from opensora.evaluation import METRICS_VERSION
+from opensora.data.reuse import hash_folder
+from opensora.evaluation import COMPARABLE, METRICS_VERSION
 from opensora.evaluation.measuring import Findings
 from opensora.evaluation.plan import Plan
 from opensora.evaluation.prompts import describe_seeds
@@ -11,9 +14,7 @@ from opensora.evaluation.scores import headline
 from opensora.metrics.features import EXTRACTOR
 from opensora.step import fingerprint
 from opensora.tracking.lineage import DATA_REVISION
-
-# Numbers of a champion for which one of these is another are not to be compared with the candidate's.
-COMPARABLE = ("metrics_version", "samples_per_stage", "fd_extractor", "extractors", "evaluation_sha256")
+from opensora.training.checkpoint import MODELS, locate
 
 
 def metrics_record(plan: Plan, found: Findings) -> dict[str, Any]:
@@ -60,6 +61,19 @@ def champion_record(metrics: dict[str, Any], found: Findings) -> dict[str, Any] 
         return None
     own: dict[str, Any] = {f"{found.last}_{name}": value for name, value in champion.measured.metrics.items()}
     own |= headline(own, "", found.last)
-    own |= {name: metrics[name] for name in COMPARABLE} | {"evaluation_sha256": champion.identity}
+    own |= {name: metrics[name] for name in COMPARABLE if name in metrics} | {"evaluation_sha256": champion.identity}
     scores = champion.measured.scores
     return {"version": champion.version, "sha256": champion.sha256, "metrics": own, "scores": scores}
+
+
+def hash_models(info: Mapping[str, Any], checkpoint: Path, memory: Path) -> dict[str, str]:
+    """sha256 of the VAE's and the text encoder's folder: the other half of what makes a checkpoint's clips.
+
+    Args:
+        info: what the checkpoint says of itself.
+        memory: folder that remembers hashes of large files; see `hash_folder`.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    return {name: fingerprint(hash_folder(locate(info[name], checkpoint), memory)) for name in MODELS}

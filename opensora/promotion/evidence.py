@@ -8,27 +8,23 @@ import av
 
 from opensora.config import UserError
 from opensora.data.video import read_frames
-from opensora.promotion.gate import BASIS, Candidate, Champion, Evaluation
-from opensora.step import FINGERPRINT, StepError, fingerprint
-from opensora.tracking.lineage import lineage
+from opensora.evaluation.files import BESIDE, METRICS, SCORES, hash_evaluation
+from opensora.evaluation.records import hash_models
+from opensora.promotion.gate import SIGNATURE, Candidate, Champion, Evaluation
+from opensora.step import CACHE, StepError
 from opensora.tracking.registry import (
     CHAMPION,
     CHECKPOINT_SHA256,
     CHECKPOINT_URI,
+    EVALUATION_FILES,
+    EVALUATION_URI,
     ROLLED_BACK,
     Version,
     champion,
     lost_champion,
 )
+from opensora.tracking.version_files import FilesGone, checkpoint_folder, find_here
 from opensora.training.checkpoint import SAMPLED, CheckpointError, find_newest, read_info
-from opensora.weights import hash_file
-
-METRICS, SCORES, BESIDE = "metrics.json", "scores.json", "champion.json"  # what `evaluate` leaves
-EVALUATION_URI, EVALUATION_FILES, METRICS_TAG = (
-    "evaluation.uri",
-    "evaluation.files_sha256",
-    "metrics",
-)  # tags of a version
 
 
 def find_candidate(train: Path) -> tuple[Path, dict]:
@@ -45,12 +41,13 @@ def find_candidate(train: Path) -> tuple[Path, dict]:
     return checkpoint, read_info(checkpoint, verify=False)
 
 
-def read_candidate(checkpoint: Path, info: dict, evaluate: Path, data: Path, profile: str) -> Candidate:
+def read_candidate(checkpoint: Path, info: dict, evaluate: Path, profile: str) -> Candidate:
     """Everything that the gate judges of a candidate and that the registry does not know.
+
+    Its lineage is the training's, which checkpoint.json holds: what is here now may be another commit, other data.
 
     Args:
         evaluate: folder of the finished step.
-        data: folder of the step whose clips trained it.
 
     Raises:
         StepError: there is no evaluation, or it cannot be read.
@@ -59,15 +56,18 @@ def read_candidate(checkpoint: Path, info: dict, evaluate: Path, data: Path, pro
 
     evaluation = read_evaluation(evaluate, info["stage"])
     measured = {name: str(evaluation.metrics.get(name)) for name in ("fd_extractor", "samples_per_stage")}
-    tags = lineage() | measured | {CHECKPOINT_SHA256: info["sha256"], "stage": info["stage"], "profile": profile}
-    tags["signature"] = signature_of()
-    if (data / FINGERPRINT).is_file():
-        tags["data_fingerprint"] = json.loads((data / FINGERPRINT).read_text())
+    known = {CHECKPOINT_SHA256: info["sha256"], "stage": info["stage"], "profile": profile, SIGNATURE: signature_of()}
+    problem, models = damage(checkpoint, info["sha256"]), {}
+    try:
+        models = hash_models(info, checkpoint, evaluate.parent / CACHE)
+    except (UserError, OSError) as error:
+        problem = problem or str(error)
     return Candidate(
         sha256=info["sha256"],
-        tags=tags,
+        tags=info.get("lineage", {}) | measured | known,
         evaluation=evaluation,
-        artifact_problem=damage(checkpoint, info["sha256"]),
+        artifact_problem=problem,
+        models_sha256=models,
         sample_problem=_look_at_a_clip(evaluate / "samples" / info["stage"]),
         evaluated_sha256=str(evaluation.metrics.get("checkpoint_sha256", "")),
     )
@@ -109,12 +109,47 @@ def damage(folder: Path, sha256: str) -> str:
     return "" if found == sha256 else f"{folder} holds another checkpoint, sha256 {found[:12]}"
 
 
-def damage_of(version: Version) -> str:
-    """Why a registered version cannot be loaded; empty if its files are those that were registered."""
-    where, sha256 = version.tags.get(CHECKPOINT_URI), version.tags.get(CHECKPOINT_SHA256)
-    if not where or not sha256:
+def served_damage(folder: Path, sha256: str) -> str:
+    """Why a served model is not the whole one of a checkpoint; empty if it is. Reads VAE and text encoder, too."""
+    from opensora.served_model import verify_served_model
+
+    try:
+        found = verify_served_model(folder).sha256
+    except (UserError, OSError, KeyError) as error:
+        return str(error)
+    return "" if found == sha256 else f"{folder} holds another checkpoint, sha256 {found[:12]}"
+
+
+def damage_of(root: Path, model: str, version: Version) -> str:
+    """Why a registered version cannot be loaded; empty if its files are those that were registered. Reads them all.
+
+    They are fetched if they are not on this machine, but in a server's store; raises RegistryError.
+    """
+    sha256 = version.tags.get(CHECKPOINT_SHA256)
+    if CHECKPOINT_URI not in version.tags or not sha256:
         return f"it was registered without {CHECKPOINT_URI} and {CHECKPOINT_SHA256}, not by `opensora promote`"
-    return damage(Path(where), sha256)
+    try:
+        return served_damage(_served(checkpoint_folder(root, model, version)), sha256)
+    except FilesGone as error:
+        return str(error)
+
+
+def _served(checkpoint: Path) -> Path:
+    """The served model in which a version's checkpoint lies; see `checkpoint_of`, which goes the other way."""
+    return checkpoint.parent.parent
+
+
+def _with_signature(root: Path, model: str, version: Version) -> Mapping[str, str]:
+    """Its tags; the signature from the files themselves where nobody wrote it down, or somebody took it away."""
+    from opensora.served_model import signature_of
+
+    here = find_here(root, model, version)
+    if SIGNATURE in version.tags or here is None:
+        return version.tags
+    try:
+        return {**version.tags, SIGNATURE: signature_of(_served(here))}
+    except UserError:
+        return version.tags
 
 
 def _look_at_a_clip(folder: Path) -> str:
@@ -151,14 +186,20 @@ def read_champion(root: Path, model: str, evaluate: Path, candidate: Evaluation,
         gone = lost_champion(root, model)
         why = "the alias `champion` is gone: its version was deleted from the registry, or somebody removed it"
         return Champion(gone, "", lost=why, has_alias=False) if gone else None
-    sha256, lost = version.tags.get(CHECKPOINT_SHA256, ""), damage_of(version)
+    sha256, lost = version.tags.get(CHECKPOINT_SHA256, ""), damage_of(root, model, version)
     beside = _read_json(evaluate / BESIDE)
-    recorded = _recorded(version, stage)
-    evaluation, source = recorded, "as evaluated when it was promoted"
     if (str(beside.get("version")), beside.get("sha256")) == (version.version, sha256):
-        evaluation, source = _evaluated_beside(beside, candidate, recorded), "evaluated beside the candidate"
+        # On the candidate's prompts and seeds; what else has to be equal, it says itself.
+        evaluation: Evaluation | None = Evaluation(
+            beside.get("metrics") or {}, candidate.prompts, candidate.seeds, beside.get("scores")
+        )
+        source = "evaluated beside the candidate"
+    else:
+        evaluation, source = _recorded(version, stage), "as evaluated when it was promoted"
     lost = lost or _why_not_evaluated(candidate.metrics, version.version, sha256)
-    return Champion(version.version, sha256, version.tags, None if lost else evaluation, source, lost)
+    return Champion(
+        version.version, sha256, _with_signature(root, model, version), None if lost else evaluation, source, lost
+    )
 
 
 def _why_not_evaluated(metrics: Mapping[str, object], version: str, sha256: str) -> str:
@@ -168,31 +209,12 @@ def _why_not_evaluated(metrics: Mapping[str, object], version: str, sha256: str)
     return str(metrics.get("champion_unavailable") or "")
 
 
-def _evaluated_beside(beside: dict, candidate: Evaluation, recorded: Evaluation | None) -> Evaluation:
-    """On the candidate's prompts and seeds; what else has to be equal, it says itself.
-
-    Only the last stage of a champion is kept. What its chain measured besides, as of the stages before or of captions,
-    is taken as it was recorded, if that was measured in the same way.
-    """
-    metrics = beside.get("metrics") or {}
-    if recorded and all(recorded.basis(what) == candidate.basis(what) for what in BASIS):
-        metrics = dict(recorded.metrics) | metrics
-    return Evaluation(metrics, candidate.prompts, candidate.seeds, beside.get("scores"))
-
-
 def _recorded(version: Version, stage: str) -> Evaluation | None:
-    """What a version keeps of its evaluation, if nobody changed it; of a version of an older program its metrics."""
+    """What a version keeps of its evaluation, if nobody changed it."""
     folder = Path(version.tags.get(EVALUATION_URI, ""))
     try:
-        if EVALUATION_URI not in version.tags:
-            return Evaluation(json.loads(version.tags[METRICS_TAG]))
         if hash_evaluation(folder) == version.tags.get(EVALUATION_FILES):
             return read_evaluation(folder, stage)
-    except (KeyError, ValueError, OSError, StepError):
+    except (OSError, StepError):
         pass
     return None
-
-
-def hash_evaluation(folder: Path) -> str:
-    """Of the numbers that a version keeps."""
-    return fingerprint({name: hash_file(folder / name) for name in (METRICS, SCORES) if (folder / name).is_file()})

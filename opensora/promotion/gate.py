@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opensora.config import Gate, Primary, PromoteConfig
-from opensora.evaluation import METRICS_VERSION
+from opensora.evaluation import COMPARABLE, METRICS_VERSION
 from opensora.promotion.paired import paired_interval
 
-# Two evaluations are compared only where all of these are equal.
-# The last stands for all of them and for settings and real clips.
-BASIS = ("metrics_version", "fd_extractor", "extractors", "samples_per_stage", "prompts", "seeds", "evaluation_sha256")
-CODE = ("git_commit", "image_digest")  # one of them says which code made the candidate
+BASIS = (*COMPARABLE, "prompts", "seeds")  # two evaluations are compared only where all of these are known and equal
+CODE = ("git_commit", "image_digest")  # one of them says which code trained the candidate
 DATA = ("dvc_lock_md5", "data_revision", "data_fingerprint")  # by `dvc repro`, on a cluster, by plain commands
 REQUIRED = ("checkpoint.sha256", "fd_extractor", "samples_per_stage", "profile")
 SIGNATURE = "signature"  # tag of a version: what it takes and gives when it is served
@@ -62,6 +60,7 @@ class Candidate:
     tags: Mapping[str, str]  # lineage, as its version would carry it
     evaluation: Evaluation
     artifact_problem: str = ""  # why its files are not those of `sha256`
+    models_sha256: Mapping[str, str] = field(default_factory=dict)  # of VAE and text encoder, as they are now
     sample_problem: str = ""  # why no clip of it can be looked at
     evaluated_sha256: str = ""  # of the checkpoint that the evaluation is of; empty: not recorded
     rolled_back: str = ""  # that somebody took it back, and why
@@ -92,7 +91,8 @@ def judge(config: PromoteConfig, candidate: Candidate, champion: Champion | None
     ]
     check, against = _opponent(config, candidate, champion)
     checks.append(check)
-    checks += _floors(config, candidate.evaluation, first=champion is None)
+    alone = against is None and check.passed and not _is_champion(candidate, champion)  # nothing else decides
+    checks += _floors(config, candidate.evaluation, alone)
     if against is not None or not check.passed:  # where the champion cannot be compared with, each check says so
         checks += [_guard(gate, candidate.evaluation, against) for gate in config.gates if gate.tolerance is not None]
         if config.primary is not None:
@@ -103,27 +103,52 @@ def judge(config: PromoteConfig, candidate: Candidate, champion: Champion | None
 def _lineage(candidate: Candidate) -> Check:
     known = {name: value for name, value in candidate.tags.items() if str(value) not in UNKNOWN}
     missing = [name for name in REQUIRED if name not in known]
-    missing += [" or ".join(names) for names in (CODE, DATA) if not any(name in known for name in names)]
-    if missing:
-        advice = "run in a git checkout or an image that names its digest, after all steps before"
-        return Check("lineage", False, f"not known: {', '.join(missing)}; {advice}")
-    named = [f"{name} {_short(known[name])}" for name in (*CODE, *DATA) if name in known]
-    return Check("lineage", True, ", ".join(named))
+    untold = [" or ".join(names) for names in (CODE, DATA) if not any(name in known for name in names)]
+    advice = ["run `opensora evaluate` again"] if missing else []
+    if untold:
+        stage = known.get("stage", "the last stage")
+        advice.append(
+            "checkpoint.json does not say what it was trained with: remove the folder of "
+            f"{stage} and train it anew, in a git checkout or in an image that is named by its digest"
+        )
+    if missing or untold:
+        return Check("lineage", False, f"not known: {', '.join([*missing, *untold])}; {'; '.join(advice)}")
+    named = {name: f"{name} {_short(known[name])}" for name in (*CODE, *DATA) if name in known}
+    if known.get("git_dirty") == "true" and CODE[0] in named:
+        named[CODE[0]] += " with uncommitted changes"
+    return Check("lineage", True, ", ".join(named.values()))
 
 
 def _artifact(candidate: Candidate) -> Check:
     if candidate.artifact_problem:
         return Check("artifact", False, candidate.artifact_problem)
-    return Check("artifact", True, f"every file was read and hashed: sha256 {_short(candidate.sha256)}")
+    again = "run `opensora evaluate` again"
+    then, now = candidate.evaluation.metrics.get("models_sha256"), candidate.models_sha256
+    if not isinstance(then, Mapping) or not then:
+        return Check("artifact", False, f"metrics.json does not say which VAE and text encoder made its clips; {again}")
+    if changes := [
+        f"{name} is {_short(now.get(name))} now and was {_short(then.get(name))} when it was evaluated"
+        for name in sorted({*then, *now})
+        if now.get(name) != then.get(name)
+    ]:
+        return Check("artifact", False, f"{'; '.join(changes)} (sha256): put its files back, or {again}")
+    whole = f"every file was read and hashed: sha256 {_short(candidate.sha256)}"
+    return Check("artifact", True, f"{whole}; with the {' and '.join(sorted(then))} of its evaluation")
 
 
 def _signature(candidate: Candidate, champion: Champion | None) -> Check:
-    new, old = candidate.tags.get(SIGNATURE), champion.tags.get(SIGNATURE) if champion else None
+    if champion is None:
+        return Check("signature", True, "no champion yet, which somebody might call")
+    new, old = candidate.tags.get(SIGNATURE), champion.tags.get(SIGNATURE)
+    if old is None and champion.lost:
+        return Check("signature", True, f"not compared: version {champion.version} is lost, and with it its signature")
     if new is None or old is None:
-        who = "the candidate" if new is None else "the champion" if champion else "no champion that"
-        return Check("signature", True, f"not compared: {who} has none")
+        who = "the candidate" if new is None else f"version {champion.version}, the champion,"
+        advice = "go back to a version that has one by `opensora rollback --to VERSION`"
+        return Check("signature", False, f"{who} has none, and both must be called alike; {advice}")
     if new != old:
-        return Check("signature", False, f"whoever calls the champion cannot call the candidate: {new}, not {old}")
+        reason = f"whoever calls the champion cannot call the candidate: {new}, not {old}"
+        return Check("signature", False, f"{reason}; promote it by a program that serves what the champion does")
     return Check("signature", True, "the champion's")
 
 
@@ -135,15 +160,15 @@ def _sample(candidate: Candidate) -> Check:
 
 def _evaluation(candidate: Candidate) -> Check:
     version, again = candidate.evaluation.metrics.get("metrics_version"), "run `opensora evaluate` again"
-    if version not in (None, METRICS_VERSION):
-        reason = f"metrics.json is of version {version}, this program judges version {METRICS_VERSION}; {again}"
+    if version != METRICS_VERSION:
+        said = "no version" if version is None else f"version {version}"
+        reason = f"metrics.json is of {said}, this program judges version {METRICS_VERSION}; {again}"
         return Check("evaluation", False, reason)
-    if candidate.evaluated_sha256 and candidate.evaluated_sha256 != candidate.sha256:
+    if candidate.evaluated_sha256 != candidate.sha256:
         other, own = _short(candidate.evaluated_sha256), _short(candidate.sha256)
-        return Check("evaluation", False, f"metrics.json is of checkpoint {other}, the candidate is {own}; {again}")
-    said = [] if version else ["metrics.json has no version"]
-    said += [] if candidate.evaluated_sha256 else ["it does not say of which checkpoint it is"]
-    return Check("evaluation", True, "; ".join(said) or f"of this checkpoint, metrics version {version}")
+        said = f"is of checkpoint {other}" if other else "does not say of which checkpoint it is"
+        return Check("evaluation", False, f"metrics.json {said}, the candidate is {own}; {again}")
+    return Check("evaluation", True, f"of this checkpoint, metrics version {version}")
 
 
 def _not_rolled_back(candidate: Candidate) -> Check:
@@ -160,7 +185,7 @@ def _opponent(
     if champion is None:
         return Check(kind, True, "no champion yet: the floors alone decide"), None
     name = f"version {champion.version}"
-    if champion.sha256 == candidate.sha256 and not champion.lost:
+    if _is_champion(candidate, champion):
         return Check(kind, True, f"the candidate is {name}, the champion already: not compared with itself"), None
     if champion.lost:
         lost = f"{name} is lost: {champion.lost}"
@@ -172,21 +197,25 @@ def _opponent(
         return Check(kind, False, f"{lost}; {advice} by --replace-lost-champion"), None
     if champion.evaluation is None:
         return Check(kind, False, f"{name} has no evaluation to compare with; run `opensora evaluate` again"), None
-    differences = [
-        _differ(what, candidate.evaluation.basis(what), champion.evaluation.basis(what))
-        for what in BASIS
-        if candidate.evaluation.basis(what) != champion.evaluation.basis(what)
-    ]
-    if differences:
+    bases = {what: (candidate.evaluation.basis(what), champion.evaluation.basis(what)) for what in BASIS}
+    if differences := [
+        _differ(what, here, there) for what, (here, there) in bases.items() if here is None or here != there
+    ]:
         reason = f"{'; '.join(differences)}: not comparable with {name}, {champion.source}; run `opensora evaluate`"
         return Check(kind, False, f"{reason} again, which measures the champion beside the candidate"), None
     of = candidate.evaluation
-    prompts = "prompts not recorded" if of.prompts is None else "the same prompts and seeds"
-    basis = f"{prompts}, N {of.basis('samples_per_stage')}, extractor {of.basis('fd_extractor')}"
+    basis = f"the same prompts and seeds, N {of.basis('samples_per_stage')}, extractor {of.basis('fd_extractor')}"
     return Check(kind, True, f"{name}, {champion.source}: {basis}"), champion.evaluation
 
 
+def _is_champion(candidate: Candidate, champion: Champion | None) -> bool:
+    return champion is not None and champion.sha256 == candidate.sha256 and not champion.lost
+
+
 def _differ(what: str, here: object, there: object) -> str:
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        name = next(name for name in sorted({*here, *there}) if here.get(name) != there.get(name))
+        return _differ(f"{what}.{name}", here.get(name), there.get(name))
     if not isinstance(here, list) or not isinstance(there, list):
         here, there = (f"{len(one)} recorded" if isinstance(one, list) else _or_none(one) for one in (here, there))
         return f"{what} is {here} here, {there} there"
@@ -196,13 +225,18 @@ def _differ(what: str, here: object, there: object) -> str:
     return f"{what} differ, first number {number}: {here[number]!r} here, {there[number]!r} there"
 
 
-def _floors(config: PromoteConfig, evaluation: Evaluation, first: bool) -> list[Check]:
-    """One a gate, also for metrics without a floor: they must be numbers."""
+def _floors(config: PromoteConfig, evaluation: Evaluation, alone: bool) -> list[Check]:
+    """One a gate, also for metrics without a floor: they must be numbers.
+
+    Args:
+        alone: nothing else decides: there is no champion, or none that is left to compare with.
+    """
     checks = [_floor(gate, evaluation.metrics) for gate in config.gates]
     if not config.gates:
-        checks.append(Check("floor", False, "promote.gates is empty: nothing says what is good enough"))
-    elif first and all(gate.floor is None for gate in config.gates):
-        checks.append(Check("floor", False, "no gate has a floor, and a first model is judged by floors alone"))
+        checks.append(Check("floor", False, "promote.gates is empty: nothing says what is good enough; add a gate"))
+    elif alone and all(gate.floor is None for gate in config.gates):
+        reason = "no gate has a floor, and without a champion to compare with floors alone decide; write one to a gate"
+        checks.append(Check("floor", False, reason))
     return checks
 
 

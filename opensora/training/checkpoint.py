@@ -3,7 +3,8 @@
 One form serves every engine, strategy and number of processes: whole tensors by parameter name, in float32.
 
     step-00000500/
-        checkpoint.json         version, step, stage, configuration, place in the data, counters, sha256 of all files
+        checkpoint.json         version, step, stage, configuration, place in the data, counters, sha256 of all files,
+                                lineage: code, image and data of the run that wrote it
         model.safetensors       weights and buffers
         ema.safetensors         averages of what is trained
         optimizer.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME
@@ -32,6 +33,7 @@ VERSION = 2
 INFO = "checkpoint.json"
 MODEL, EMA, OPTIMIZER, RNG = (f"{name}.safetensors" for name in ("model", "ema", "optimizer", "rng"))
 SAMPLED = (MODEL, EMA)  # what sampling reads; a copy that only samples may lack the rest
+MODELS = ("vae", "text_encoder")  # that sampling needs besides; checkpoint.json names their folders
 POSITIONS = ("pos_embed", "pos_embed_temporal")  # the model's own, as they follow its size
 PREFIX = "step-"
 DAMAGED = "damaged-"

@@ -1,15 +1,18 @@
 """The three stages: what each starts from, the processes it runs in, and the folder it leaves."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opensora.config import TRAIN_STEPS, Config, TrainConfig
 from opensora.launch import launch_here
 from opensora.process import end_with_parent
 from opensora.step import FINGERPRINT, Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.tracking.lineage import lineage
 from opensora.training.stop import SIGNALS, Stopped
 
 JOB = "job.json"
@@ -22,6 +25,7 @@ FREE = {
     *("accumulate", "loader_workers", "loader_restarts", "log_every", "sample_every", "sample_prompts"),
     *("checkpoint_every", "keep_checkpoints", "keep_every", "max_rollbacks", "stall_timeout_s", "join_timeout_s"),
 }
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def run(config: Config, stage: str, source: Source, previous: Path | None, outpu
         "source": source.resolved(),
         "previous": str(previous.resolve()) if previous else "",
         "root": str(root.resolve()),
+        "lineage": lineage() | {"data_fingerprint": _fingerprint_of(source.manifest)},
     }
     if launched:
         return _join(folder, job, getattr(config, stage))
@@ -96,8 +101,12 @@ def finished(config: Config, stage: str, source: Source, previous: Path | None, 
 def _folder(config: Config, stage: str, source: Source, previous: Path | None, output: Path) -> StepFolder:
     before = read_report(previous).metrics if previous else {}
     read_report(source.manifest)
-    data = json.loads((source.manifest / FINGERPRINT).read_text())
+    data = _fingerprint_of(source.manifest)
     return StepFolder(output, fingerprint(stage, deciding(config, stage), before, data))
+
+
+def _fingerprint_of(step: Path) -> str:
+    return json.loads((step / FINGERPRINT).read_text())
 
 
 def deciding(config: Config, stage: str) -> dict[str, object]:
@@ -111,13 +120,17 @@ def deciding(config: Config, stage: str) -> dict[str, object]:
     return values | {f"model.{name}": value for name, value in config.model.model_dump(mode="json").items()}
 
 
-def _open(folder: StepFolder, job: Mapping[str, object]) -> None:
+def _open(folder: StepFolder, job: Mapping[str, Any]) -> None:
     """The step's work folder with the job in it.
 
     Raises:
         StepError: it holds checkpoints of a run with other values, which would be lost.
     """
     _refuse_other(folder, job)
+    if job["lineage"].get("git_commit") == "unknown" and "image_digest" not in job["lineage"]:
+        log.warning(
+            "neither a git commit nor an image's digest says which code trains; `promote` will refuse the result"
+        )
     work = folder.open()
     (work / STOPPED).unlink(missing_ok=True)
     write_json(work / JOB, job)

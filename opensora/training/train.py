@@ -73,7 +73,7 @@ class Trainer:
 
     Args:
         data: its samples are latents, or frames that `encoder` encodes in the step.
-        info: goes into each checkpoint: configuration, stage, and where generation finds the other models.
+        info: goes into each checkpoint: configuration, stage, lineage, and where generation finds the other models.
         tracker: on rank 0.
         samples: makes the samples of `sample_every`.
     """

@@ -82,7 +82,7 @@ def _train(config: Config, stage: str, job: dict, work: Path, engine: "Engine") 
             plan=plan,
             engine=engine,
             folder=work,
-            info={"config": job["config"], "stage": stage, **places},
+            info={"config": job["config"], "stage": stage, "lineage": job["lineage"], **places},
             hardware=config.hardware,
             tracker=tracker,
             encoder=encoder,

@@ -6,24 +6,30 @@ from dataclasses import replace
 import pytest
 
 from opensora.config import ConfigError, Gate, Primary, PromoteConfig, load_config
+from opensora.evaluation import COMPARABLE, METRICS_VERSION
 from opensora.promotion.gate import Candidate, Champion, Check, Evaluation, judge
 from opensora.promotion.report import describe
 from tests.conftest import ROOT
 
 PROMPTS = [f"prompt {number}" for number in range(48)]
-METRICS = {"metrics_version": 1, "fd_extractor": "randconv", "samples_per_stage": 48, "score": 0.8, "fd": 8.0}
+DISTANCES = {"fd": {"extractor": "randconv", "n": 48}}
+MODELS = {"vae": "v", "text_encoder": "t"}
+METRICS = {"metrics_version": METRICS_VERSION, "fd_extractor": "randconv", "samples_per_stage": 48}
+METRICS |= {"extractors": "randconv", "distances": DISTANCES, "evaluation_sha256": "e", "models_sha256": MODELS}
+METRICS |= {"score": 0.8, "fd": 8.0}
 SCORES = [{"follows": int(number < 38)} for number in range(48)]
 NOW = Evaluation(METRICS, PROMPTS, list(range(48)), SCORES)
 TAGS = {"git_commit": "c0ffee", "dvc_lock_md5": "5eed", "checkpoint.sha256": "new", "profile": "demo"}
-TAGS |= {"fd_extractor": "randconv", "samples_per_stage": "48"}
-GOOD = Candidate("new", TAGS, NOW, evaluated_sha256="new")
-OLD = Champion("3", "old", {}, NOW, "evaluated beside the candidate")
+TAGS |= {"fd_extractor": "randconv", "samples_per_stage": "48", "stage": "train_highres", "signature": "s"}
+GOOD = Candidate("new", TAGS, NOW, models_sha256=MODELS, evaluated_sha256="new")
+OLD = Champion("3", "old", {"signature": "s"}, NOW, "evaluated beside the candidate")
 HIGHER = Gate(metric="score", floor=0.5, tolerance=0.1)
 LOWER = Gate(metric="fd", direction="lower", floor=10.0, tolerance=1.0)
 GATES = PromoteConfig(gates=(HIGHER, LOWER))
 BETTER = GATES.model_copy(update={"primary": Primary(score="follows")})
 AS_GOOD = GATES.model_copy(update={"primary": Primary(score="follows", margin=-0.1)})
 LAX = GATES.model_copy(update={"replace_lost_champion": True})
+NO_FLOOR = PromoteConfig(gates=(Gate(metric="score", tolerance=0.1),))
 LOST = replace(OLD, evaluation=None, lost="model.safetensors is missing")
 
 
@@ -62,7 +68,7 @@ TABLE = {
     "first, over a ceiling": (GATES, candidate(fd=10.5), None, {"floor fd": "10.5 > 10"}),
     "first, on the floor": (GATES, candidate(score=0.5, fd=10.0), None, {}),
     "first, no floor at all": (
-        PromoteConfig(gates=(Gate(metric="score", tolerance=0.1),)),
+        NO_FLOOR,
         GOOD,
         None,
         {"floor": "no gate has a floor"},
@@ -80,7 +86,31 @@ TABLE = {
     ),
     "no extractor": (GATES, tagged(fd_extractor="None"), None, {"lineage": "fd_extractor"}),
     "no profile": (GATES, without("profile"), None, {"lineage": "profile"}),
+    "trained by a program that did not write it down": (
+        GATES,
+        without("git_commit", "dvc_lock_md5"),
+        None,
+        {"lineage": "remove the folder of train_highres and train it anew"},
+    ),
     # artifact, signature, sample
+    "another VAE": (
+        GATES,
+        replace(GOOD, models_sha256=MODELS | {"vae": "w"}),
+        OLD,
+        {"artifact": "vae is w now and was v when it was evaluated"},
+    ),
+    "VAE and text encoder not recorded": (
+        GATES,
+        candidate(models_sha256=None),
+        None,
+        {"artifact": "does not say which VAE and text encoder"},
+    ),
+    "no text encoder recorded": (
+        GATES,
+        candidate(models_sha256={"vae": "v"}),
+        None,
+        {"artifact": "text_encoder is t now and was None"},
+    ),
     "candidate changed": (
         GATES,
         replace(GOOD, artifact_problem="another sha256"),
@@ -88,11 +118,25 @@ TABLE = {
         {"artifact": "another sha256"},
     ),
     "no clip": (GATES, replace(GOOD, sample_problem="no mp4"), None, {"sample": "no mp4"}),
-    "same signature": (GATES, tagged(signature="s"), replace(OLD, tags={"signature": "s"}), {}),
-    "other signature": (GATES, tagged(signature="s"), replace(OLD, tags={"signature": "t"}), {"signature": "s, not t"}),
-    "champion without a signature": (GATES, tagged(signature="s"), OLD, {}),
+    "other signature": (GATES, GOOD, replace(OLD, tags={"signature": "t"}), {"signature": "s, not t"}),
+    "champion without a signature": (GATES, GOOD, replace(OLD, tags={}), {"signature": "version 3, the champion, has"}),
+    "candidate without a signature": (GATES, without("signature"), OLD, {"signature": "the candidate has none"}),
+    "signature lost with the champion": (LAX, GOOD, replace(LOST, tags={}), {}),
+    "other signature than the lost champion's": (
+        LAX,
+        GOOD,
+        replace(LOST, tags={"signature": "t"}),
+        {"signature": "s, not t"},
+    ),
     # the evaluation
-    "metrics of a newer program": (GATES, candidate(metrics_version=2), None, {"evaluation": "version 2"}),
+    "metrics of a newer program": (GATES, candidate(metrics_version=99), None, {"evaluation": "version 99"}),
+    "metrics of no version": (GATES, candidate(metrics_version=None), None, {"evaluation": "of no version"}),
+    "metrics of no checkpoint": (
+        GATES,
+        replace(GOOD, evaluated_sha256=""),
+        None,
+        {"evaluation": "does not say of which checkpoint it is"},
+    ),
     "metrics of another checkpoint": (
         GATES,
         replace(GOOD, evaluated_sha256="other"),
@@ -161,7 +205,7 @@ TABLE = {
         GATES,
         GOOD,
         champion(metrics_version=None),
-        {"champion": "1 here, not recorded there"},
+        {"champion": f"{METRICS_VERSION} here, not recorded there"},
     ),
     "other settings": (
         GATES,
@@ -169,6 +213,23 @@ TABLE = {
         champion(evaluation_sha256="b"),
         {"champion": "evaluation_sha256 is a here, b there"},
     ),
+    "a distance to another number of real clips": (
+        GATES,
+        GOOD,
+        champion(distances={"fd": DISTANCES["fd"] | {"n": 47}}),
+        {"champion": "distances.fd.n is 48 here, 47 there"},
+    ),
+    "a distance that the champion has not": (
+        GATES,
+        GOOD,
+        champion(distances={}),
+        {"champion": "here, not recorded there"},
+    ),
+    **{
+        f"neither recorded {name}": (GATES, candidate(**{name: None}), champion(**{name: None}), {"champion": name})
+        for name in COMPARABLE
+        if name != "metrics_version"  # without which the evaluation is refused, too
+    },
     "other prompts": (
         GATES,
         GOOD,
@@ -191,13 +252,21 @@ TABLE = {
         GATES,
         replace(GOOD, evaluation=Evaluation(METRICS)),
         replace(OLD, evaluation=Evaluation(METRICS)),
-        {},
+        {"champion": "prompts is not recorded here, not recorded there"},
     ),
     "no evaluation of the champion": (GATES, GOOD, replace(OLD, evaluation=None), {"champion": "has no evaluation"}),
     # a champion that is lost
     "lost": (GATES, GOOD, LOST, {"champion": "lost: model.safetensors is missing"}),
     "lost, and that is accepted": (LAX, GOOD, LOST, {}),
     "lost and accepted, under a floor": (LAX, candidate(score=0.4), LOST, {"floor score": "<"}),
+    "lost and accepted, no floor at all": (
+        NO_FLOOR.model_copy(update={"replace_lost_champion": True}),
+        candidate(score=-99),
+        LOST,
+        {"floor": "no gate has a floor"},
+    ),
+    "the champion itself, no floor at all": (NO_FLOOR, GOOD, replace(OLD, sha256="new"), {}),
+    "a champion to compare with, no floor at all": (NO_FLOOR, GOOD, OLD, {}),
     "lost, the same checkpoint again": (GATES, GOOD, replace(LOST, sha256="new"), {"champion": "lost"}),
     "the acceptance is no free pass where nothing is lost": (
         LAX,
@@ -205,6 +274,16 @@ TABLE = {
         OLD,
         {"non-inferiority score": "w"},
     ),
+    # a video in which nothing moves, as good as a champion that does not move either
+    **{
+        f"frozen, {profile}": (
+            load_config(ROOT / "params.yaml", profile).promote,
+            candidate(train_highres_flicker=1.0, train_highres_flow_degree=0.0),
+            champion(train_highres_flicker=1.0, train_highres_flow_degree=0.0),
+            {"floor train_highres_flow_degree": "0 < 0.002"},
+        )
+        for profile in ("smoke", "single_gpu", "h800")
+    },
     # the primary metric, prompt by prompt: the champion follows 38 of 48
     "not better": (BETTER, GOOD, OLD, {"improvement follows": "not above 0; better on 0, worse on 0 of 48"}),
     "better": (BETTER, replace(GOOD, evaluation=right(46)), OLD, {}),
@@ -269,8 +348,8 @@ def test_what_was_not_compared_is_said() -> None:
     assert "no champion yet: the floors alone decide" in reasons(judge(BETTER, GOOD, None))["champion"]
     assert "the floors alone decide" in reasons(judge(LAX, GOOD, LOST))["champion"]
     assert "the champion already" in reasons(judge(GATES, GOOD, replace(OLD, sha256="new")))["champion"]
-    old_form = replace(GOOD, evaluation=measured(metrics_version=None), evaluated_sha256="")
-    assert "does not say of which checkpoint" in reasons(judge(GATES, old_form, None))["evaluation"]
+    dirty = reasons(judge(GATES, tagged(git_dirty="true"), None))
+    assert dirty["lineage"] == "git_commit c0ffee with uncommitted changes, dvc_lock_md5 5eed"
 
 
 def test_the_report_names_every_check() -> None:
@@ -283,6 +362,9 @@ def test_the_report_names_every_check() -> None:
     assert text.count("**failed**") == 2
 
 
+FLICKER = "{metric: train_highres_flicker, floor: 0.8}"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -291,8 +373,24 @@ def test_the_report_names_every_check() -> None:
         ("promote.gates=[{metric: a, floor: .nan}]", "finite"),
         ("promote.gates=[{metric: a, tolerance: -1}]", "greater than or equal to 0"),
         ("promote.primary={score: a, margin: .inf}", "finite"),
+        ("promote.gates=[{metric: image_stage_accuracy, floor: 0.9, tolerance: 0.1}]", "null as its tolerance"),
+        ("promote.gates=[{metric: train_video_flow_degree, tolerance: 0.1}]", "compares train_video_flow_degree"),
+        ("promote.gates=[{metric: train_highres_flicker, floor: 0.8}]", "floor above 0 on train_highres_flow_degree"),
+        ("promote.gates=[{metric: train_highres_clip_temporal_consistency, tolerance: 1}]", "nothing moves"),
+        ("promote.gates=[{metric: train_highres_vbench_subject_consistency, floor: 1}]", "nothing moves"),
+        ("promote.primary={score: motion_smoothness}", "perfect in motion_smoothness"),
+        (f"promote.gates=[{FLICKER}, {{metric: train_highres_flow_degree, floor: 0.0}}]", "floor above 0"),
+        (f"promote.gates=[{FLICKER}, {{metric: train_highres_flow_degree, tolerance: 0.1}}]", "floor above 0"),
+        (f"promote.gates=[{FLICKER}, {{metric: train_video_flow_degree, floor: 0.1}}]", "floor above 0"),
     ],
 )
 def test_a_gate_that_says_nothing_is_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(ROOT / "params.yaml", "demo", (override,))
+
+
+def test_flicker_is_a_gate_beside_motion() -> None:
+    for motion in ("flow_degree", "dynamic_degree", "vbench_dynamic_degree"):
+        gates = f"promote.gates=[{FLICKER}, {{metric: train_highres_{motion}, floor: 0.01}}]"
+        config = load_config(ROOT / "params.yaml", "demo", (gates, "promote.primary={score: flicker}"))
+        assert len(config.promote.gates) == 2

@@ -122,7 +122,7 @@ def prepare(values: Config, encoded: Path, work: Path, previous: str = "") -> Pa
     """A work folder with the job in it, as the stage's own."""
     work.mkdir(parents=True)
     job = {"config": values.model_dump(mode="json"), "stage": STAGE, "previous": previous, "root": str(work)}
-    write_json(work / JOB, job | {"source": {"manifest": str(encoded)}})
+    write_json(work / JOB, job | {"source": {"manifest": str(encoded)}, "lineage": {}})
     return work
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from opensora.config import TrainConfig
 from opensora.step import StepError
+from opensora.tracking.lineage import lineage
 from opensora.training.stages import JOB, Source, run
 from opensora.training.stop import Stopped
 from opensora.training.train import learning_rate
@@ -117,13 +118,15 @@ def test_a_killed_launcher_takes_its_processes_along(encoded: Path, tmp_path: Pa
     assert not alive
 
 
-def test_checkpoints_hold_what_resume_needs(reference: Path) -> None:
+def test_checkpoints_hold_what_resume_and_the_gate_need(reference: Path, encoded: Path) -> None:
     (path,) = (reference / "checkpoints").glob("step-*")
     info = json.loads((path / "checkpoint.json").read_text())
     assert set(info["files"]) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.safetensors"}
     assert (info["step"], info["stage"]) == (STEPS, "train_video")
     assert info["config"]["train_video"]["steps"] == STEPS
     assert info["metrics"] == json.loads((reference / "report.json").read_text())["metrics"]
+    assert info["lineage"]["git_commit"] == lineage()["git_commit"]
+    assert info["lineage"]["data_fingerprint"] == json.loads((encoded / "fingerprint.json").read_text())
     assert not list((reference / "checkpoints").glob("*.part"))
 
 
