@@ -33,6 +33,7 @@ def metrics_record(plan: Plan, found: Findings) -> dict[str, Any]:
         "reference": "kept clips" if plan.data else "rendered scenes",
         "reference_sha256": found.reference.key,
         "reference_clips": found.candidate.real_clips,
+        "distances": found.candidate.distances,
         "absent": found.absent,
     }
     if revision := os.environ.get(DATA_REVISION):
@@ -61,5 +62,6 @@ def champion_record(metrics: dict[str, Any], found: Findings) -> dict[str, Any] 
     own: dict[str, Any] = {f"{found.last}_{name}": value for name, value in champion.measured.metrics.items()}
     own |= headline(own, "", found.last)
     own |= {name: metrics[name] for name in COMPARABLE} | {"evaluation_sha256": champion.identity}
+    own["distances"] = champion.measured.distances
     scores = champion.measured.scores
     return {"version": champion.version, "sha256": champion.sha256, "metrics": own, "scores": scores}
