@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from opensora.config import ConfigError, UserError, load_config
 from opensora.demo.shapes import Scene, all_scenes, render_clip
@@ -28,6 +29,7 @@ from opensora.tracking.store import connect
 from opensora.training.checkpoint import read_info
 from tests.conftest import ROOT
 from tests.small_disk import small_disk
+from tests.test_architecture import own_imports
 
 PROMPTS = [scene.caption for scene in all_scenes()]
 SUITE = Suite.load(device="cpu")
@@ -336,6 +338,41 @@ def test_a_candidate_that_became_champion_is_not_evaluated_again(second: Path, t
     _promote(tmp_path, next((base / "train_video" / "checkpoints").glob("step-*2")))
     evaluate(base)
     assert (base / "evaluate" / "report.json").stat().st_mtime_ns == before
+
+
+def test_dvc_knows_the_code_that_makes_the_numbers() -> None:
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["evaluate"]["deps"]
+    own = [
+        ROOT / path for path in deps if path.startswith(("opensora/evaluat", "opensora/gallery", "opensora/metrics"))
+    ]
+    files = [file for path in own for file in ([path] if path.is_file() else path.glob("*.py"))]
+    used = {name for file in files for name in own_imports(file)}
+    # What decides where things lie and who makes them, and no number.
+    plain = {
+        "config",
+        "progress",
+        "step",
+        "weights",
+        "data.gpu",
+        "data.reuse",
+        "data.shards",
+        "data.video",
+        "data.workers",
+    }
+    left = {name for name in used - plain if not name.startswith(("tracking.", "training."))}
+    assert {"demo.shapes", "clip_file", "generate", "metrics.motion"} <= left
+    lacking = [
+        name
+        for name in left
+        if not any(dep in (path, f"{path}.py") for dep in deps for path in paths_of(f"opensora.{name}"))
+    ]
+    assert lacking == []
+
+
+def paths_of(module: str) -> list[str]:
+    """A module and the packages it is in, as paths."""
+    parts = module.split(".")
+    return ["/".join(parts[:count]) for count in range(2, len(parts) + 1)]
 
 
 def test_prompts_come_from_the_configuration_and_its_file(tmp_path: Path) -> None:
