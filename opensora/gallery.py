@@ -66,12 +66,12 @@ def write_gallery(
         _notes(found, metrics),
         *(["<h2>Losses</h2><div class=curves>", *drawn, "</div>"] if drawn else []),
         "<h2>Clips</h2>",
-        _controls(list(found.candidate.scores[0]), other, prompts),
     ]
-    room = int(PAGE_MIB * 2**20) - len("".join([*head, rows({})]).encode()) - SPARE
+    controls = _controls(list(found.candidate.scores[0]), other, prompts)
+    room = int(PAGE_MIB * 2**20) - len("".join([*head, controls, rows({})]).encode()) - SPARE
     sources, previews = embed_clips(folder, files, room)
     absent = sum(not sources.keys() >= set(part) for part in files)
-    body = [*head, _about_clips(previews, absent), "<main>", rows(sources), "</main>"]
+    body = [*head, _about_clips(previews, absent), controls, "<main>", rows(sources), "</main>"]
     write_page(folder / "gallery.html", title, "".join(body), STYLE, SCRIPT)
 
 
@@ -103,9 +103,9 @@ def _about_clips(previews: int, absent: int) -> str:
     """What is not shown as it is; the clips themselves are in the step's folder."""
     said = []
     if previews:
-        said.append("Clips are shown as previews, since all of them would be too much for one file.")
+        said.append(f"Large clips are shown as previews ({previews}): as they are, all would not fit into a page.")
     if absent:
-        said.append(f"Those of {absent} prompt{'s' * (absent != 1)} are not shown.")
+        said.append(f"Of {absent} prompt{'s' * (absent != 1)} not all clips are shown.")
     return f"<p>{' '.join(said)} The clips themselves lie in <code>samples/</code>.</p>" if said else ""
 
 

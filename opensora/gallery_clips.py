@@ -10,7 +10,7 @@ import numpy as np
 HEIGHT = 180  # of a clip on the page, pixels
 LEAST = 16 << 10  # bytes of a preview; for less, the clips of fewer prompts are shown
 HEAD = 64  # bytes of an address before and after its data, at most
-CRFS = (20, 25, 30, 35, 40)  # of x264, the best first
+CRFS = (20, 24, 28, 32, 36, 40)  # of x264, the best first
 JPEG_QUALITIES = (90, 80, 65, 50)
 TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 

@@ -152,7 +152,7 @@ def test_clips_that_are_too_large_are_previews(tmp_path: Path, monkeypatch: pyte
     assert len(sources(2 * whole)) == 18
     assert "previews" not in (tmp_path / "gallery.html").read_text()
     shown = sources(gallery.SPARE + (450 << 10))
-    assert (tmp_path / "gallery.html").read_text().count("Clips are shown as previews") == 1
+    assert (tmp_path / "gallery.html").read_text().count("Large clips are shown as previews (12)") == 1
     assert len(shown) == 18
     for number in seeds:
         image, small, video = (base64.b64decode(source.split(",")[1]) for source in shown[3 * number : 3 * number + 3])
@@ -170,7 +170,7 @@ def test_clips_that_are_too_large_are_previews(tmp_path: Path, monkeypatch: pyte
     assert 0 < len(few) < 18
     page = (tmp_path / "gallery.html").read_text()
     assert f"<code>{large[5]}</code>" in page
-    assert "are not shown." in page
+    assert "not all clips are shown." in page
     assert not list(tmp_path.glob("*.part"))
 
 
