@@ -100,7 +100,7 @@ def load(folder: Path, **config: str) -> Any:
 def running(log: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
     """`mlflow ARGUMENTS` in a process group of its own, killed at the end."""
     command = [sys.executable, "-m", "mlflow", *arguments]
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"} | environment
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "TMPDIR": str(log.parent)} | environment
     with log.open("w") as handle:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, start_new_session=True

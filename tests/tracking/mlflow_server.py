@@ -75,7 +75,19 @@ class MlflowServer:
         """As the kernel does when memory is short."""
         if self._child:
             os.kill(self._child, signal.SIGKILL)
+            self._wait_until_gone()
             self._child = 0
+
+    def _wait_until_gone(self) -> None:
+        """Its port is free then; the process that forked it does not wait for it."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            try:
+                os.kill(self._child, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.01)
+        raise AssertionError("the killed server is still there")
 
     def close(self) -> None:
         """End it for good."""

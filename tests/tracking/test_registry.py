@@ -101,7 +101,7 @@ def test_one_at_a_time_holds_the_lock_of_a_registry(root: Path) -> None:
     inside, most, done = [], [], []
 
     def work(name: str) -> None:
-        with registry_lock(root, "busy", name, settle_s=1.0, stale_s=60) as check:
+        with registry_lock(root, "busy", name, settle_s=3.0, stale_s=60) as check:
             inside.append(name)
             most.append(len(inside))
             check()
