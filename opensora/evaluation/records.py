@@ -62,6 +62,6 @@ def champion_record(metrics: dict[str, Any], found: Findings) -> dict[str, Any] 
     own: dict[str, Any] = {f"{found.last}_{name}": value for name, value in champion.measured.metrics.items()}
     own |= headline(own, "", found.last)
     own |= {name: metrics[name] for name in COMPARABLE} | {"evaluation_sha256": champion.identity}
-    own["distances"] = champion.measured.distances
     scores = champion.measured.scores
+    own["distances"] = champion.measured.distances
     return {"version": champion.version, "sha256": champion.sha256, "metrics": own, "scores": scores}
