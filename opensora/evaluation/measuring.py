@@ -15,6 +15,7 @@ from opensora.evaluation.reference import REFERENCE, Reference, keep_features, l
 from opensora.evaluation.sampling import Row, embed_prompts, load_suite, missing, read_rows, sample_tasks
 from opensora.evaluation.scores import Measured, about, measure, prompt_scores
 from opensora.evaluation.share import share
+from opensora.metrics.suite import Suite
 from opensora.training.checkpoint import Checkpoint
 
 
@@ -83,26 +84,9 @@ def measure_all(
     suite = load_suite(plan.weights)
     measured, absent = {}, dict(suite.absent)
     for name in makers if not failure else checkpoints:
-        touch(clips[name])
-        rows = read_rows(clips[name], plan.pairs)
-        features = load_features(against[name], plan.cache)
-        metrics = measure(suite, plan.prompts, rows, features)
-        distances = suite.distances([row["measures"] for row in rows], features)
-        if name in (last, CHAMPION):
-            more, lacking = measure_by_vbench(plan, rows, clips[name], work / "parts" / f"videos-{name}")
-            metrics |= more
-        if name == last:
-            reason = references[last].reason
-            absent |= lacking | {name: reason or one.absent for name, one in distances.items() if one.value is None}
-        measured[name] = Measured(
-            files=_link(clips[name], rows, work, name),
-            scores=prompt_scores(plan.prompts, rows),
-            metrics=metrics,
-            height=against[name].shape.height,
-            distances=about(distances),
-            real_clips=max((len(found) for found in (features or {}).values()), default=0),
-            seen=[row["seen"] for row in rows],
-        )
+        vbench = name in (last, CHAMPION)
+        measured[name], lacking = _measure(plan, suite, name, clips[name], against[name], work, vbench)
+        absent |= lacking if name == last else {}
     for folder in (plan.cache / CLIPS, plan.cache / REFERENCE):
         prune(folder)
     own = measured.pop(CHAMPION, None)
@@ -114,6 +98,31 @@ def measure_all(
         champion = replace(champion, measured=own)
     extractors = (*suite.names, *([f"vbench {plan.vbench}"] if plan.vbench else []))
     return Findings(measured, references[last], champion, extractors, absent)
+
+
+def _measure(
+    plan: Plan, suite: Suite, name: str, clips: Path, reference: Reference, work: Path, vbench: bool
+) -> tuple[Measured, dict[str, str]]:
+    """What a stage's clips, kept in the folder `clips`, are worth; and what is not measured of them, with its reason."""
+    touch(clips)
+    rows = read_rows(clips, plan.pairs)
+    features = load_features(reference, plan.cache)
+    distances = suite.distances([row["measures"] for row in rows], features)
+    absent = {metric: reference.reason or one.absent for metric, one in distances.items() if one.value is None}
+    metrics = measure(suite, plan.prompts, rows, features)
+    if vbench:
+        more, lacking = measure_by_vbench(plan, rows, clips, work / "parts" / f"videos-{name}")
+        metrics, absent = metrics | more, absent | lacking
+    measured = Measured(
+        files=_link(clips, rows, work, name),
+        scores=prompt_scores(plan.prompts, rows),
+        metrics=metrics,
+        height=reference.shape.height,
+        real_clips=max((len(found) for found in (features or {}).values()), default=0),
+        seen=[row["seen"] for row in rows],
+        distances=about(distances),
+    )
+    return measured, absent
 
 
 def _link(clips: Path, rows: Sequence[Row], work: Path, name: str) -> list[str]:

@@ -22,7 +22,7 @@ def keep(task: SampleTask) -> None:
 
 
 def tasks_of(tmp_path: Path, pairs: list[Pair], names: tuple[str, ...] = ("stage",)) -> list[SampleTask]:
-    makers = {name: (tmp_path / "checkpoint", tmp_path / "clips") for name in names}
+    makers = dict.fromkeys(names, (tmp_path / "checkpoint", tmp_path / "clips"))
     return sample_tasks(makers, pairs, tmp_path / "text", CONFIG, {})
 
 
