@@ -9,6 +9,14 @@ from components.image_names import CAPTION, DATA
 
 
 @dsl.component(base_image=DATA, install_kfp_package=False)
+def check_weights(profile: str, overrides: list, workdir: str, code_revision: str, steps: list) -> None:
+    """Look for the weights that the steps will read: nothing is fetched or trained for a run that would lack some."""
+    from components.step import Job, look_for_weights
+
+    look_for_weights(steps, Job(profile, overrides, workdir, "", code_revision))
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
 def restore(
     profile: str,
     overrides: list,

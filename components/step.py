@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from opensora.config import Config
     from opensora.step import Report
 
+# Run where the weights lie in a folder of that name; k8s/base/weights.yaml takes them.
+BRING = "bring them: tar cf - -C weights . | kubectl -n opensora exec -i deploy/weights -- tar xf - -C {}"
 PARAMS = "OPENSORA_PARAMS"  # environment: where params.yaml lies, for commands too; images hold it beside the code
 
 
@@ -102,6 +104,25 @@ def run_share(step: str, inputs: Sequence[Any], share: str, job: Job) -> None:
             print(f"{step}: {done}")
 
 
+def look_for_weights(steps: Sequence[str], job: Job) -> None:
+    """Say where the weights lie that the steps will read; the process ends if some are missing, which are all named."""
+    from opensora.chain import check_weights
+
+    with reason_last():
+        config = job.load()
+        advice = ""
+        if on_cluster():  # the tasks that read weights have no way to a hub
+            config = job.load("offline=true")
+            advice = f"{BRING.format(config.weights_dir)} (docs/cluster.md says how)"
+        found = check_weights(config, steps, advice)
+        print("\n".join(found) or f"profile {job.profile} reads no weights but its own: nothing to look for")
+
+
+def on_cluster() -> bool:
+    """Whether this process runs in a pod."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ
+
+
 def version_step(artifact: Any, remote: str) -> str:
     """Push what an artifact names to a DVC remote; returns its revision, or its fingerprint without a remote."""
     from components.versions import push
@@ -164,7 +185,9 @@ def check(artifact: Any) -> dict[str, Any]:
         return value
     mark = Path(value["uri"]) / FINGERPRINT
     if not mark.is_file():
-        raise StepError(f"{value['uri']}, which step {value['step']} left, is gone; run the pipeline without its cache")
+        raise StepError(
+            f"{value['uri']}, which step {value['step']} left, is gone; submit the pipeline with --no-cache"
+        )
     if json.loads(mark.read_text()) != value["fingerprint"]:
         raise StepError(
             f"{value['uri']} was replaced by another run since step {value['step']} of this one; "

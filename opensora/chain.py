@@ -1,12 +1,16 @@
 """The chain: which step reads what, and the one function that runs a step for every driver."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the schema is heavy, and `opensora --help` only needs the names below
+    from collections.abc import Iterator
+
     from opensora.config import Config
     from opensora.step import Report
     from opensora.training.stages import Source
+    from opensora.weights import WeightsError
 
 SUMMARIES = {
     "demo_videos": "Render the embedded world: videos of coloured shapes that move.",
@@ -33,6 +37,85 @@ def chain_steps(config: "Config") -> list[str]:
     if not config.demo.build_models:
         skipped.add("demo_models")
     return [name for name in ALL_STEPS if name not in skipped]
+
+
+# What a folder of weights holds beside them; alternatives as `weights.find_weights` takes them.
+MODEL = ("config.json",)
+TEXT_MODEL = (*MODEL, "tokenizer.json|spiece.model|vocab.json")
+CAPTION_MODEL = (*MODEL, "processor_config.json|preprocessor_config.json", "tokenizer.json|tokenizer.model|vocab.json")
+
+
+def weights_of(step: str, config: "Config") -> dict[str, tuple[str, ...]]:
+    """The pretrained weights that a step reads: name → files that their folder must hold, too."""
+    from opensora.config import TRAIN_STEPS
+
+    needed: dict[str, tuple[str, ...]] = {}
+    built = config.demo.build_models
+    encoders = {} if built else {config.encode.vae: MODEL, config.encode.text_encoder: TEXT_MODEL}
+    match step:
+        case "split":
+            needed[config.split.transnetv2_file] = ()
+        case "score":
+            needed |= {config.score.clip: MODEL, config.score.aesthetic_head: ()}
+        case "caption":
+            needed[config.score.clip] = MODEL
+            if config.caption.backend == "llava" and not built:
+                needed[config.caption.model] = CAPTION_MODEL
+        case "encode":
+            needed |= encoders
+        case "evaluate":
+            judges = config.evaluate
+            needed |= encoders | dict.fromkeys((judges.videomae, judges.i3d, judges.inception, judges.clip), ())
+        case _ if step in TRAIN_STEPS:
+            train = getattr(config, step)
+            needed[train.init_from] = ()
+            needed |= encoders if train.data == "clips" or train.sample_every else {}
+    return {name: files for name, files in needed.items() if name}
+
+
+def look_for_weights(config: "Config", steps: Iterable[str]) -> "Iterator[tuple[str, list[str], Path | WeightsError]]":
+    """Look on this machine for all that the steps will read: name, steps that read it, where it lies or why not."""
+    from opensora.weights import WeightsError, find_weights
+
+    readers: dict[str, list[str]] = {}
+    files: dict[str, tuple[str, ...]] = {}
+    for step in steps:
+        for name, wanted in weights_of(step, config).items():
+            readers.setdefault(name, []).append(step)
+            files[name] = wanted or files.get(name, ())
+    for name, who in readers.items():
+        try:
+            yield name, who, find_weights(name, Path(config.weights_dir), True, files[name])
+        except WeightsError as error:
+            yield name, who, error
+
+
+def check_weights(config: "Config", steps: Iterable[str], advice: str = "") -> list[str]:
+    """Look for all weights that the steps will read, before any of them begins; returns what was found, a line each.
+
+    Args:
+        advice: how missing ones are brought to where they were looked for.
+
+    Raises:
+        WeightsError: some are missing or not whole; all of them are named, with the steps that read them.
+    """
+    from opensora.weights import MISSING, NoWeights, WeightsError
+
+    found, missing, broken = [], [], []
+    for name, readers, place in look_for_weights(config, steps):
+        what = f"{name} (for {', '.join(readers)})"
+        if isinstance(place, Path):
+            found.append(f"{what}: {place}")
+        elif not isinstance(place, NoWeights):
+            broken.append(f"{place.reason} (for {', '.join(readers)})")
+        elif config.offline:
+            missing.append(what)
+    if missing:
+        places = " nor in ".join(dict.fromkeys(map(str, (Path.cwd(), Path(config.weights_dir).absolute()))))
+        broken.insert(0, f"{', '.join(missing)}, neither in {places}")
+    if broken:
+        raise WeightsError(f"profile {config.profile} lacks weights: {'; '.join(broken)}", advice or MISSING)
+    return found
 
 
 def run_step(name: str, config: "Config", root: Path) -> "Report":
@@ -72,7 +155,7 @@ def run_step(name: str, config: "Config", root: Path) -> "Report":
             from opensora.data.caption import run as caption
 
             local = config.caption.backend == "llava"
-            model = weights_folder(config, base, config.caption.model) if local else None
+            model = weights_folder(config, base, config.caption.model, CAPTION_MODEL) if local else None
             return caption(
                 config.caption,
                 base / "score",
@@ -86,8 +169,7 @@ def run_step(name: str, config: "Config", root: Path) -> "Report":
         case "encode":
             from opensora.data.encode import run as encode
 
-            vae = weights_folder(config, base, config.encode.vae)
-            text = weights_folder(config, base, config.encode.text_encoder)
+            vae, text = encoder_folders(config, base)
             return encode(config.encode, base / "caption", base / "split", vae, text, output, config.executor)
         case "evaluate":
             return _evaluate(config, base, output, root)
@@ -111,8 +193,7 @@ def training_source(config: "Config", stage: str, base: Path) -> "Source":
 
     if getattr(config, stage).data == "latents":
         return Source(base / "encode")
-    vae, text = (weights_folder(config, base, name) for name in (config.encode.vae, config.encode.text_encoder))
-    return Source(base / "caption", base / "split", vae, text)
+    return Source(base / "caption", base / "split", *encoder_folders(config, base))
 
 
 def promotion_inputs(config: "Config", base: Path) -> tuple[Path, Path, Path]:
@@ -124,13 +205,19 @@ def promotion_inputs(config: "Config", base: Path) -> tuple[Path, Path, Path]:
     return base / "evaluate", base / last, base / data
 
 
-def weights_folder(config: "Config", base: Path, name: str) -> Path:
-    """The folder of a pretrained or demo-built model."""
+def weights_folder(config: "Config", base: Path, name: str, files: tuple[str, ...]) -> Path:
+    """The folder of a pretrained model, which holds `files` too, or of a demo-built one."""
     if config.demo.build_models:
         return base / "demo_models" / name
     from opensora.weights import find_weights
 
-    return find_weights(name, Path(config.weights_dir), config.offline)
+    return find_weights(name, Path(config.weights_dir), config.offline, files)
+
+
+def encoder_folders(config: "Config", base: Path) -> tuple[Path, Path]:
+    """The folders of the VAE and of the text encoder."""
+    vae = weights_folder(config, base, config.encode.vae, MODEL)
+    return vae, weights_folder(config, base, config.encode.text_encoder, TEXT_MODEL)
 
 
 def optional_weights(config: "Config", name: str) -> Path | None:

@@ -103,7 +103,7 @@ def run(
 
     A stopped run goes on where it was; finished steps whose inputs did not change are not run again.
     """
-    from opensora.chain import chain_steps
+    from opensora.chain import chain_steps, check_weights
     from opensora.config import ConfigError
     from opensora.process import run_child
 
@@ -111,6 +111,8 @@ def run(
     prompts = config.evaluate.prompts_file
     if prompts and not Path(prompts).is_file():  # said now, not after the training
         raise ConfigError(f"evaluate.prompts_file: no file at {prompts}")
+    if config.download.source or config.demo.videos:  # without any, the first step says so
+        check_weights(config, chain_steps(config))
     common = ["--profile", config.profile, "--params", str(params), "--workdir", str(workdir)]
     for text in overrides or []:
         common += ["--set", text]
@@ -238,7 +240,7 @@ def weights_import(
     ] = None,
     profile: Annotated[
         str, typer.Option(help="Values that the file does not tell are those of this profile.")
-    ] = "h800",
+    ] = "single_gpu",
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
@@ -296,10 +298,12 @@ def doctor(
     ] = "http://localhost:8888",
 ) -> None:
     """Is this machine ready for a profile, and with --cluster the cluster? Says what to do where it is not."""
-    from opensora.doctor import examine, examine_cluster, show
+    from opensora.doctor import examine, show
 
     good = show(examine(_config(params, profile, overrides), workdir))
     if cluster:
+        from opensora.doctor_cluster import examine_cluster
+
         good &= show(examine_cluster(namespace, queue, kfp_host))
     if not good:
         raise typer.Exit(1)

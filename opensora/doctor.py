@@ -1,4 +1,4 @@
-"""Is this machine, or this cluster, ready? Each check says what it saw and, where that will not do, what to do."""
+"""Is this machine ready? Each check says what it saw and, where that will not do, what to do."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from opensora.config import Config
@@ -16,14 +16,6 @@ GIB = 2**30
 DISK_GIB = 10  # of the demo and its environment, with room to spare
 DECODERS = ("h264", "hevc", "vp9", "av1")
 TIMEOUT_S = 10
-# Group, kind in plural and version that k8s/ is written for.
-KINDS = (
-    ("trainer.kubeflow.org", "trainjobs", "v1alpha1"),
-    ("trainer.kubeflow.org", "clustertrainingruntimes", "v1alpha1"),
-    ("jobset.x-k8s.io", "jobsets", "v1alpha2"),
-    ("kueue.x-k8s.io", "clusterqueues", "v1beta2"),
-)
-VERBS = ("create", "get", "list", "watch", "patch", "delete")
 
 
 @dataclass(frozen=True)
@@ -121,21 +113,17 @@ def _space(root: Path) -> Iterator[Finding]:
 
 
 def _weights(config: "Config") -> Iterator[Finding]:
-    if config.demo.build_models:
-        return
-    from opensora.config import UserError
-    from opensora.weights import find_weights
+    from opensora.chain import chain_steps, look_for_weights
+    from opensora.weights import MISSING, NoWeights
 
-    names = [config.encode.vae, config.encode.text_encoder]
-    names += [config.caption.model] if config.caption.backend == "llava" else []
-    names += [stage.init_from for stage in (config.train_image, config.train_video) if stage.init_from]
-    judges = config.evaluate
-    names += [name for name in (judges.videomae, judges.i3d, judges.inception, judges.clip) if name]
-    for name in dict.fromkeys(names):
-        try:
-            yield Finding(f"weights {name}", "ok", str(find_weights(name, Path(config.weights_dir), config.offline)))
-        except UserError as error:
-            yield Finding(f"weights {name}", "failure", "missing", str(error))
+    for name, readers, place in look_for_weights(config, chain_steps(config)):
+        what = f"weights {name}"
+        if isinstance(place, Path):
+            yield Finding(what, "ok", str(place))
+        elif config.offline or not isinstance(place, NoWeights):
+            yield Finding(what, "failure", f"{place.reason} (for {', '.join(readers)})", MISSING)
+        else:
+            yield Finding(what, "warning", f"{place.reason}; it will be asked of the hub", "needs a connection")
 
 
 def _dvc() -> Iterator[Finding]:
@@ -179,131 +167,6 @@ def _mlflow(root: Path) -> Iterator[Finding]:
         403: "add this name of the server to its --allowed-hosts, or this user to its permissions",
     }.get(answer.status_code, "look at the server's log")
     yield Finding("MLflow", "ok" if answer.ok else "failure", f"{redact(uri)}: HTTP {answer.status_code}", advice)
-
-
-def examine_cluster(namespace: str, queue: str, kfp_host: str, api_client: Any = None) -> Iterator[Finding]:
-    """Check what k8s/ should have made, through the account that the steps run under or the one of ~/.kube/config.
-
-    Args:
-        api_client: of the `kubernetes` package; None takes the account that is there.
-    """
-    yield _kfp(kfp_host)
-    try:
-        from kubernetes import client, config
-    except ImportError:
-        yield Finding("Kubernetes", "failure", "no client", "pip install 'opensora-workflow[kubeflow]'")
-        return
-    try:
-        if api_client is None:
-            try:
-                config.load_incluster_config()
-            except config.ConfigException:
-                config.load_kube_config()
-    except config.ConfigException as error:
-        yield Finding("Kubernetes", "failure", str(error), "run in a pod, or set KUBECONFIG")
-        return
-    custom, core = client.CustomObjectsApi(api_client), client.CoreV1Api(api_client)
-    try:
-        yield from _kinds(client.ApiextensionsV1Api(api_client))
-        yield from _queue(custom, namespace, queue)
-        yield from _nodes(core)
-        yield from _rights(client.AuthorizationV1Api(api_client), namespace)
-        yield from _runtime(custom)
-    except Exception as error:  # the connection, whatever the library calls it
-        yield Finding("Kubernetes", "failure", str(error).splitlines()[0], "check the connection: kubectl version")
-
-
-def _kfp(host: str) -> Finding:
-    import requests
-
-    advice = "give --kfp-host; from outside: kubectl port-forward -n kubeflow svc/ml-pipeline 8888"
-    try:
-        answer = requests.get(f"{host.rstrip('/')}/apis/v2beta1/healthz", timeout=TIMEOUT_S)
-    except requests.RequestException as error:
-        return Finding("Kubeflow Pipelines", "failure", f"{host}: {type(error).__name__}", advice)
-    return Finding("Kubeflow Pipelines", "ok" if answer.ok else "failure", f"{host}: HTTP {answer.status_code}", advice)
-
-
-def _kinds(extensions: Any) -> Iterator[Finding]:
-    from kubernetes.client import ApiException
-
-    for group, plural, version in KINDS:
-        name = f"{plural}.{group}"
-        try:
-            found = extensions.read_custom_resource_definition(name, _request_timeout=TIMEOUT_S)
-        except ApiException as error:
-            advice = f"install {group.split('.')[0]}, or give this account the role of k8s/base/service-accounts.yaml"
-            yield Finding(name, "failure", f"HTTP {error.status}", advice)
-            continue
-        served = [item.name for item in found.spec.versions if item.served]
-        good = version in served
-        advice = f"k8s/ is written for {version}: install a release that serves it"
-        yield Finding(name, "ok" if good else "failure", ", ".join(served), "" if good else advice)
-
-
-def _queue(custom: Any, namespace: str, queue: str) -> Iterator[Finding]:
-    from kubernetes.client import ApiException
-
-    where = ("kueue.x-k8s.io", "v1beta2")
-    advice = "kubectl apply -k k8s/overlays/YOURS"
-    try:
-        local = custom.get_namespaced_custom_object(*where, namespace, "localqueues", queue, _request_timeout=TIMEOUT_S)
-        name = local["spec"]["clusterQueue"]
-        whole = custom.get_cluster_custom_object(*where, "clusterqueues", name, _request_timeout=TIMEOUT_S)
-    except ApiException as error:
-        yield Finding(f"queue {queue}", "failure", f"HTTP {error.status}", advice)
-        return
-    pools = [
-        f"{flavor['name']} {resource['nominalQuota']}"
-        for group in whole["spec"]["resourceGroups"]
-        for flavor in group["flavors"]
-        for resource in flavor["resources"]
-        if resource["name"] == "nvidia.com/gpu"
-    ]
-    yield Finding(f"queue {queue}", "ok" if pools else "failure", f"GPUs: {', '.join(pools) or 'none'}", advice)
-
-
-def _nodes(core: Any) -> Iterator[Finding]:
-    from kubernetes.client import ApiException
-
-    try:
-        nodes = core.list_node(_request_timeout=TIMEOUT_S).items
-    except ApiException as error:
-        yield Finding(
-            "nodes", "warning", f"HTTP {error.status}", "this account may not list nodes: labels are unchecked"
-        )
-        return
-    pools: dict[str, int] = {}
-    for node in nodes:
-        pool = (node.metadata.labels or {}).get("opensora/pool", "")
-        pools[pool] = pools.get(pool, 0) + 1
-    for pool, state in (("h800", "failure"), ("captioning", "warning"), ("cpu", "failure")):
-        advice = f"kubectl label node NODE opensora/pool={pool}"
-        good = pools.get(pool, 0) > 0
-        yield Finding(f"nodes {pool}", "ok" if good else state, str(pools.get(pool, 0)), "" if good else advice)  # type: ignore[arg-type]
-
-
-def _rights(authorization: Any, namespace: str) -> Iterator[Finding]:
-    missing = []
-    for verb in VERBS:
-        attributes = {"namespace": namespace, "group": "trainer.kubeflow.org", "resource": "trainjobs", "verb": verb}
-        review = {"spec": {"resourceAttributes": attributes}}
-        answer = authorization.create_self_subject_access_review(review, _request_timeout=TIMEOUT_S)
-        missing += [] if answer.status.allowed else [verb]
-    advice = "apply k8s/base/service-accounts.yaml and run steps under the account default-editor"
-    seen = f"may not {', '.join(missing)}" if missing else ", ".join(VERBS)
-    yield Finding("rights on trainjobs", "failure" if missing else "ok", seen, advice if missing else "")
-
-
-def _runtime(custom: Any) -> Iterator[Finding]:
-    from kubernetes.client import ApiException
-
-    where = ("trainer.kubeflow.org", "v1alpha1", "clustertrainingruntimes", "opensora")
-    try:
-        custom.get_cluster_custom_object(*where, _request_timeout=TIMEOUT_S)
-        yield Finding("training runtime", "ok", "opensora")
-    except ApiException as error:
-        yield Finding("training runtime", "failure", f"HTTP {error.status}", "kubectl apply -k k8s/overlays/YOURS")
 
 
 def show(findings: Iterator[Finding]) -> bool:

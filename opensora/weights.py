@@ -1,6 +1,7 @@
 """Where pretrained weights come from: a local folder first, a hub only when allowed; loading is strict."""
 
 import errno
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,26 +19,104 @@ if TYPE_CHECKING:
 
 
 class WeightsError(UserError):
-    """Weights are missing, damaged or do not fit; the message names the files or tensors."""
+    """Weights are missing, damaged or do not fit; the message names the files or tensors.
+
+    Args:
+        reason: what is wrong.
+        advice: what to do; the message ends with it.
+    """
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(f"{reason}; {advice}" if advice else reason)
+        self.reason = reason
 
 
-def find_weights(name: str, weights_dir: Path, offline: bool) -> Path:
+# As Transformers and diffusers name the file that they read, or the index of its parts; the first that is there is it.
+MODEL_FILES = tuple(
+    f"{name}{suffix}{index}"
+    for name, suffixes in (
+        ("model", (".safetensors",)),
+        ("pytorch_model", (".bin",)),
+        ("diffusion_pytorch_model", (".safetensors", ".bin")),
+    )
+    for suffix in suffixes
+    for index in ("", ".index.json")
+)
+MISSING = "put the model there, or allow downloads with --set offline=false and a hub id as the name"
+
+
+class NoWeights(WeightsError):
+    """There is no file or folder of that name."""
+
+
+def find_weights(name: str, weights_dir: Path, offline: bool, files: Sequence[str] = ()) -> Path:
     """The folder or file of the model `name`: a path, a path below `weights_dir`, or a hub id when not offline.
 
-    Raises:
-        WeightsError: it is nowhere; the message says where it was looked for.
-    """
-    for place in (Path(name), weights_dir / name):
-        if place.exists():
-            return place
-    if offline:
-        raise WeightsError(
-            f"no weights {name!r}: neither {Path(name)} nor {weights_dir / name} is a folder or file; "
-            "put the model there, or allow downloads with --set offline=false and a hub id as the name"
-        )
-    from huggingface_hub import snapshot_download
+    Args:
+        files: what a folder must hold beside weights, alternatives as in `tokenizer.json|spiece.model`.
 
-    return Path(snapshot_download(name))
+    Raises:
+        NoWeights: it is nowhere; the message says where it was looked for.
+        WeightsError: it is not whole (see `fault`).
+    """
+    place = next((place for place in (Path(name), weights_dir / name) if place.exists()), None)
+    if place is None and not offline:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name))
+    if place is None:
+        places = " nor ".join(dict.fromkeys(map(str, (Path(name), weights_dir / name))))
+        raise NoWeights(f"no weights {name!r}: neither {places} is a folder or file", MISSING)
+    if reason := fault(place, files):
+        raise WeightsError(reason, "copy or download it again")
+    return place
+
+
+def fault(place: Path, files: Sequence[str] = ()) -> str:
+    """What keeps a file or folder from being weights, as far as a look of milliseconds tells; empty if nothing does.
+
+    A part that an index names is missing, a file was cut short on its way here, or one of `files` is not there.
+    """
+    if place.is_file():
+        return _cut_short(place)
+    folder = place / "transformer" if (place / "transformer").is_dir() else place  # a whole model in diffusers' form
+    for wanted in files:
+        if not any((folder / name).is_file() for name in wanted.split("|")):
+            return f"{folder} lacks {wanted.replace('|', ' or ')}"
+    found = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
+    if found is None:
+        return f"{folder} holds no weights: expected one of {', '.join(MODEL_FILES)}"
+    parts = [found]
+    if found.suffix == ".json":
+        try:
+            parts = [folder / name for name in sorted(set(json.loads(found.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{found} is damaged: it has no weight_map"
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        return f"{folder} lacks {', '.join(missing)}, which {found.name} names"
+    return next(filter(None, map(_cut_short, parts)), "")
+
+
+def _cut_short(file: Path) -> str:
+    """Safetensors say how long they are, and a zip archive, as PyTorch writes, ends with its table of contents."""
+    from zipfile import is_zipfile
+
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        start = handle.read(8)
+        if file.suffix == ".safetensors":
+            try:
+                length = int.from_bytes(start, "little")
+                header = json.loads(handle.read(length) if length < size else b"")
+                ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return f"{file} is damaged, or cut short"
+            whole = 8 + length + max(ends, default=0)
+            return f"{file} is cut short: {size} of {whole} bytes" if size < whole else ""
+    if not size:
+        return f"{file} is empty"
+    return f"{file} is cut short" if start.startswith(b"PK\x03\x04") and not is_zipfile(file) else ""
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

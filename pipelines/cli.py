@@ -126,6 +126,9 @@ def submit(
         str, typer.Option("--page", envvar="KFP_PAGE", help="Address of the web page, if it is not the API's.")
     ] = "",
     allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Submit uncommitted code all the same.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Take no result from KFP's cache, as after a workdir was emptied.")
+    ] = False,
 ) -> None:
     """Compile a pipeline, start a run of it, and print where it is shown.
 
@@ -144,7 +147,7 @@ def submit(
         values["image"] = names[TRAIN]  # of the TrainJobs' pods, which no task of the pipeline runs in
     values |= parameters_of(parameters or [], name)
     compiled = Path(".pipelines") / f"{name}-{commit[:9]}.yaml"
-    loose = compile_pipeline(name, compiled, names, {})
+    loose = compile_pipeline(name, compiled, names, {}, cache=not no_cache)
     if loose:
         raise PipelineError(f"images not pinned by digest: {', '.join(loose)}; give --images FILE, of `make images`")
     title = f"{name} {commit[:9]} {datetime.now():%Y-%m-%d %H:%M}"

@@ -31,12 +31,15 @@ def load(name: str) -> Any:
     return pipeline
 
 
-def compile_pipeline(name: str, output: Path, images: Mapping[str, str], parameters: Mapping[str, Any]) -> list[str]:
+def compile_pipeline(
+    name: str, output: Path, images: Mapping[str, str], parameters: Mapping[str, Any], cache: bool = True
+) -> list[str]:
     """Write the pipeline's YAML; returns the images that are not pinned by digest.
 
     Args:
         images: what a registry calls each image of `components.image_names`: name → `registry/name@sha256:…`.
         parameters: new defaults.
+        cache: false lets no task take its result from KFP's cache.
 
     Raises:
         PipelineError: an image is unknown.
@@ -56,5 +59,15 @@ def compile_pipeline(name: str, output: Path, images: Mapping[str, str], paramet
         container = executor["container"]
         container["image"] = images.get(container["image"], container["image"])
         used.add(container["image"])
+    if not cache:
+        _disable_cache(documents[0])
     output.write_text(yaml.dump_all(documents, Dumper=yaml.CSafeDumper, sort_keys=True))
     return sorted(image for image in used if "@sha256:" not in image)
+
+
+def _disable_cache(definition: dict[str, Any]) -> None:
+    """Of all tasks: KFP's own switch, `enable_caching`, reaches those of the outermost pipeline alone."""
+    dags = [definition["root"]["dag"], *(part["dag"] for part in definition["components"].values() if "dag" in part)]
+    for dag in dags:
+        for task in dag["tasks"].values():
+            task["cachingOptions"] = {}

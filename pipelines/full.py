@@ -2,7 +2,10 @@
 
 from kfp import dsl
 
-from pipelines.data import data_pipeline
+from components import data
+from pipelines import release, training
+from pipelines.data import STEPS, training_set
+from pipelines.placement import first
 from pipelines.release import verdict
 from pipelines.training import stages
 
@@ -23,9 +26,10 @@ def full_pipeline(
 ) -> bool:
     """The three pipelines, one after the other; see them for the parameters."""
     common = {"profile": profile, "overrides": overrides, "workdir": workdir, "code_revision": code_revision}
-    made = data_pipeline(
+    weights = first(data.check_weights(**common, steps=[*STEPS, *training.STEPS, *release.STEPS]))
+    made = training_set(
         **common, data_revision=data_revision, shares=shares, caption_on_gpu=caption_on_gpu, remote=remote
-    )
+    ).after(weights)
     common["data_revision"] = made.outputs["data_revision"]
     trained = stages(
         **common,

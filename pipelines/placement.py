@@ -9,19 +9,28 @@ SECRET_KEYS = {
 MLFLOW_KEYS = {name: name for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")}
 GPU = "nvidia.com/gpu"
 RETRIES = 2
+# Argo counts it from the start of the first try, starts none after it and ends the last one at it: so it is longer than
+# any task takes. KFP's own default is an hour.
+RETRY_FOR = "30d"
 
 
 def on_cpu(task: dsl.PipelineTask, cpu: str = "4", memory: str = "16Gi") -> dsl.PipelineTask:
     """A task of the CPU pool."""
-    return _common(task, "cpu", cpu, memory)
+    return _with_retries(_placed(task, "cpu", cpu, memory))
 
 
-def on_gpu(task: dsl.PipelineTask, cpu: str = "12", memory: str = "96Gi") -> dsl.PipelineTask:
-    """A task of the captioning pool, with one GPU."""
-    _common(task, "captioning", cpu, memory)
-    task.set_accelerator_type(GPU).set_accelerator_limit(1)
+def first(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """The task that everything waits for: a look at this moment, so neither from the cache nor a second time."""
+    return _placed(task, "cpu", "1", "2Gi").set_caching_options(False)
+
+
+def on_gpu(task: dsl.PipelineTask, gpus: int = 1, cpu: str = "12", memory: str = "96Gi") -> dsl.PipelineTask:
+    """A task of the captioning pool, with GPUs of one node; what it has in /dev/shm counts as its memory."""
+    _with_retries(_placed(task, "captioning", cpu, memory))
+    task.set_accelerator_type(GPU).set_accelerator_limit(gpus)
     kubernetes.add_toleration(task, key=GPU, operator="Exists", effect="NoSchedule")
-    kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="16Gi")
+    shm = f"{16 * gpus}Gi"
+    kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit=shm)
     return task
 
 
@@ -33,15 +42,19 @@ def with_internet(task: dsl.PipelineTask) -> dsl.PipelineTask:
 def as_launcher(task: dsl.PipelineTask) -> dsl.PipelineTask:
     """A small task that talks to the cluster's API; it knows its own pod, which owns the job that it makes."""
     on_cpu(task, cpu="1", memory="4Gi")
-    kubernetes.add_pod_label(task, "opensora/api-client", "true")
     kubernetes.use_field_path_as_env(task, env_name="POD_NAME", field_path="metadata.name")
     kubernetes.use_field_path_as_env(task, env_name="POD_UID", field_path="metadata.uid")
     return task
 
 
-def _common(task: dsl.PipelineTask, pool: str, cpu: str, memory: str) -> dsl.PipelineTask:
+def _with_retries(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    return task.set_retry(
+        num_retries=RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=RETRY_FOR
+    )
+
+
+def _placed(task: dsl.PipelineTask, pool: str, cpu: str, memory: str) -> dsl.PipelineTask:
     task.set_cpu_limit(cpu).set_memory_limit(memory)  # requests are then the same; each call costs KFP 15 ms
-    task.set_retry(num_retries=RETRIES, backoff_duration="30s", backoff_factor=2.0)
     task.set_env_variable("HOME", "/tmp")
     kubernetes.add_node_selector(task, "opensora/pool", pool)
     kubernetes.mount_pvc(task, pvc_name=CLAIM, mount_path=MOUNT)

@@ -2,8 +2,12 @@
 
 from kfp import dsl
 
-from components import release
-from pipelines.placement import on_cpu, on_gpu
+from components import data, release
+from pipelines.placement import first, on_cpu, on_gpu
+
+STEPS = ["evaluate", "promote"]
+# A node, with a GPU for each of h800's evaluate.processes; each of them loads the text encoder, then model and VAE.
+GPUS, CPU, MEMORY = 8, "64", "512Gi"
 
 
 @dsl.pipeline(name="opensora-verdict", description="Evaluation, gate, promotion.")
@@ -25,7 +29,8 @@ def verdict(
         "code_revision": code_revision,
         "tracking_uri": tracking_uri,
     }
-    evaluate = on_gpu(release.evaluate(checkpoint=checkpoint, **common)).set_caching_options(False)
+    evaluate = on_gpu(release.evaluate(checkpoint=checkpoint, **common), GPUS, CPU, MEMORY)
+    evaluate.set_caching_options(False)
     promote = on_cpu(release.promote(evaluate=evaluate.outputs["manifest"], **common)).set_caching_options(False)
     return promote.outputs["promoted"]
 
@@ -47,5 +52,10 @@ def release_pipeline(
         "data_revision": data_revision,
         "code_revision": code_revision,
     }
-    found = on_cpu(release.trained(**common)).set_caching_options(False)
+    weights = first(
+        data.check_weights(
+            profile=profile, overrides=overrides, workdir=workdir, code_revision=code_revision, steps=STEPS
+        )
+    )
+    found = on_cpu(release.trained(**common).after(weights)).set_caching_options(False)
     return verdict(checkpoint=found.outputs["checkpoint"], **common, tracking_uri=tracking_uri).output

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import time
 import warnings
@@ -11,14 +10,10 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from opensora.kubeflow import SERVICE_ACCOUNT, KubeflowError, greet, read_token
 from pipelines.compile import PipelineError
 
 ROOT = Path(__file__).resolve().parents[1]
-SERVICE_ACCOUNT = "default-editor"  # of KFP in multi-user mode; its newer releases refuse others unless told
-HEALTH = "/apis/v2beta1/healthz"
-WHERE = (
-    "give --host or KFP_HOST, as http://localhost:8888 behind `kubectl -n kubeflow port-forward svc/ml-pipeline 8888`"
-)
 
 
 def client(host: str, namespace: str) -> Any:
@@ -29,36 +24,14 @@ def client(host: str, namespace: str) -> Any:
     """
     import kfp
 
-    token = _token()
-    _greet(host.rstrip("/"), token)  # KFP's own greeting tries for half a minute, with a traceback each time
+    try:
+        token = read_token()
+        greet(host, token)  # KFP's own greeting tries for half a minute, with a traceback each time
+    except KubeflowError as error:
+        raise PipelineError(str(error)) from error
     with warnings.catch_warnings(), _api(host):
         warnings.simplefilter("ignore", FutureWarning)  # that it needs a server of version 2
         return kfp.Client(host=host, namespace=namespace, existing_token=token or None)
-
-
-def _token() -> str:
-    token, name = os.environ.get("KFP_TOKEN", ""), os.environ.get("KFP_TOKEN_FILE", "")
-    if token or not name:
-        return token
-    try:
-        return Path(name).read_text().strip()
-    except OSError as error:
-        raise PipelineError(f"KFP_TOKEN_FILE names {name}, which cannot be read: {error.strerror}") from None
-
-
-def _greet(host: str, token: str) -> None:
-    import requests
-
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        answer = requests.get(host + HEALTH, headers=headers, timeout=20, allow_redirects=False)
-    except (requests.RequestException, ValueError) as error:
-        raise PipelineError(f"no Kubeflow Pipelines API at {host} ({type(error).__name__}); {WHERE}") from error
-    if answer.status_code in (301, 302, 401, 403):  # a sign-in page redirects
-        what = "refuses the token of KFP_TOKEN or KFP_TOKEN_FILE" if token else "wants a token: set KFP_TOKEN"
-        raise PipelineError(f"Kubeflow Pipelines at {host} {what} (HTTP {answer.status_code})")
-    if answer.status_code != 200 or "json" not in answer.headers.get("Content-Type", ""):
-        raise PipelineError(f"{host} is no Kubeflow Pipelines API (HTTP {answer.status_code}); {WHERE}")
 
 
 @contextmanager

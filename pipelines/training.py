@@ -3,7 +3,9 @@
 from kfp import dsl
 
 from components import data, training
-from pipelines.placement import as_launcher, on_cpu
+from pipelines.placement import as_launcher, first, on_cpu
+
+STEPS = ["train_image", "train_video", "train_highres"]
 
 
 @dsl.pipeline(name="opensora-stages", description="Image, video and high-resolution stage.")
@@ -31,8 +33,8 @@ def stages(
         "budget_dollars": budget_dollars,
         "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     }
-    first = as_launcher(training.train_image(**common)).set_caching_options(False)
-    video = as_launcher(training.train_video(train_image=first.outputs["checkpoint"], **common))
+    image_stage = as_launcher(training.train_image(**common)).set_caching_options(False)
+    video = as_launcher(training.train_video(train_image=image_stage.outputs["checkpoint"], **common))
     video.set_caching_options(False)
     last = as_launcher(training.train_highres(train_video=video.outputs["checkpoint"], **common))
     last.set_caching_options(False)
@@ -60,7 +62,9 @@ def training_pipeline(
         budget_dollars: of each stage; one that is planned to cost more is refused before it starts. 0: no limit.
     """
     common = {"profile": profile, "overrides": overrides, "workdir": workdir, "code_revision": code_revision}
-    found = on_cpu(data.restore(**common, data_revision=data_revision, remote=remote)).set_caching_options(False)
+    weights = first(data.check_weights(**common, steps=STEPS))
+    found = on_cpu(data.restore(**common, data_revision=data_revision, remote=remote).after(weights))
+    found.set_caching_options(False)
     return stages(
         **common,
         encode=found.outputs["manifest"],

@@ -53,6 +53,7 @@ def test_every_command_has_help(name: str) -> None:
         (("split", "--profile", "smoke"), 1, "run `opensora download` first"),
         (("train_video", "--profile", "smoke"), 1, "run `opensora"),
         (("run", "--profile", "single_gpu"), 2, "give --source"),
+        (("run", "--profile", "single_gpu", "--source", "."), 1, "lacks weights: llava (for caption)"),
         (("caption", "--profile", "single_gpu"), 1, "no weights 'llava'"),
         (("results", "--profile", "smoke"), 1, "has not finished"),
         (("generate", "--checkpoint", "nowhere"), 2, "no prompt"),

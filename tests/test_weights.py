@@ -1,5 +1,6 @@
 """Weights load strictly, offline, and never run code."""
 
+import json
 from hashlib import sha256
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from opensora.weights import WeightsError, find_weights, load_strict, load_tensors
+from opensora.weights import WeightsError, fault, find_weights, load_strict, load_tensors
 
 
 def test_a_local_folder_comes_first_and_offline_opens_no_connection(
@@ -21,6 +22,7 @@ def test_a_local_folder_comes_first_and_offline_opens_no_connection(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     (tmp_path / "t5").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "t5" / "model.safetensors")
     assert find_weights("t5", tmp_path, offline=True) == tmp_path / "t5"
     assert find_weights(str(tmp_path / "t5"), Path("elsewhere"), offline=True) == tmp_path / "t5"
     with pytest.raises(WeightsError, match=r"neither .* is a folder"):
@@ -41,6 +43,41 @@ def test_tensors_load_from_both_forms_and_a_wrong_hash_is_refused(tmp_path: Path
         load_tensors(tmp_path / "a.pth")
     with pytest.raises(WeightsError, match="no weights file"):
         load_tensors(tmp_path / "none.pth")
+
+
+def test_weights_that_are_not_whole_are_found_by_a_look(tmp_path: Path) -> None:
+    folder, parts = tmp_path / "t5", ["model-1.safetensors", "model-2.safetensors"]
+    folder.mkdir()
+
+    def look(*files: str) -> str:
+        return fault(folder, files)
+
+    assert "t5 holds no weights: expected one of model.safetensors, " in look()
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", parts, strict=True))})
+    )
+    save_file({"a": torch.zeros(1000)}, folder / parts[0])
+    assert look().endswith("t5 lacks model-2.safetensors, which model.safetensors.index.json names")
+    save_file({"b": torch.zeros(1000)}, folder / parts[1])
+    assert look() == ""
+    assert look("tokenizer.json|spiece.model").endswith("t5 lacks tokenizer.json or spiece.model")
+    (folder / "spiece.model").touch()
+    assert look("tokenizer.json|spiece.model") == ""
+
+    whole = (folder / parts[1]).read_bytes()
+    for length in (0, 7, 40, len(whole) - 1):  # as a copy that broke off leaves it
+        (folder / parts[1]).write_bytes(whole[:length])
+        assert parts[1] in look(), length
+    with pytest.raises(WeightsError, match="cut short: 4071 of 4072 bytes; copy or download it again"):
+        find_weights("t5", tmp_path, offline=True)
+
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "PixArt.pth")
+    assert fault(tmp_path / "PixArt.pth") == ""
+    whole = (tmp_path / "PixArt.pth").read_bytes()
+    (tmp_path / "PixArt.pth").write_bytes(whole[:-1000])
+    assert fault(tmp_path / "PixArt.pth").endswith("PixArt.pth is cut short")
+    (tmp_path / "PixArt.pth").write_bytes(b"")
+    assert fault(tmp_path / "PixArt.pth").endswith("PixArt.pth is empty")
 
 
 class Evil:

@@ -3,14 +3,18 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from components.image_names import IMAGES
 from opensora.chain import ALL_STEPS
+from opensora.config import load_config
+from opensora.doctor_cluster import TASKS
 from pipelines.compile import PIPELINES, PipelineError, compile_pipeline
 from pipelines.parameters import parameters_of
+from tests.conftest import ROOT
 
 pytest.importorskip("kfp", reason="the extra `kubeflow` is not installed")
 DIGEST = "@sha256:" + "0" * 64
@@ -68,15 +72,87 @@ def test_every_task_has_limits_and_a_place(compiled: dict[str, list[dict]]) -> N
     assert with_gpu == {shown[label] for label, config in placed.items() if "captioning" in str(config)}
 
 
+def test_a_task_has_the_cpus_and_gpus_that_the_profile_uses(compiled: dict[str, list[dict]]) -> None:
+    """Of h800: a CPU for each worker, also to finish what a share left, and a GPU for each process of evaluation."""
+    config = load_config(ROOT / "params.yaml", "h800")
+    definition, platform = compiled["full"]
+    placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    shown = {task["taskInfo"]["name"]: label for _, task, label in tasks(definition)}
+
+    def given(task: str) -> tuple[int, int, dict]:
+        resources = definition["deploymentSpec"]["executors"][shown[task]]["container"]["resources"]
+        gpus = resources.get("accelerator", {})
+        assert gpus.get("resourceType", "nvidia.com/gpu") == "nvidia.com/gpu"
+        return int(resources["resourceCpuLimit"]), int(gpus.get("resourceCount", 0)), placed[shown[task]]
+
+    for step in ("download", "split", "score"):
+        for task in (step, f"{step}, one share"):
+            assert given(task)[:2] == (getattr(config, step).workers, 0), task
+    for step in ("caption", "encode"):
+        cpus, gpus, _ = given(f"{step}, one share")
+        assert gpus == getattr(config, step).workers
+        assert cpus >= gpus * getattr(config, step).threads
+    cpus, gpus, place = given("evaluate")
+    assert gpus == config.evaluate.processes <= config.hardware.gpus_per_node
+    assert cpus >= 2 * gpus
+    (shm,) = place["emptyDirMounts"]
+    assert (shm["mountPath"], shm["medium"], shm["sizeLimit"]) == ("/dev/shm", "Memory", f"{16 * gpus}Gi")
+
+
+def test_the_doctor_knows_the_largest_task_of_each_pool(compiled: dict[str, list[dict]]) -> None:
+    quantity = pytest.importorskip("kubernetes.utils.quantity").parse_quantity
+    definition, platform = compiled["full"]
+    placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    largest: dict[str, dict[str, Any]] = {}
+    for label, executor in definition["deploymentSpec"]["executors"].items():
+        resources = executor["container"]["resources"]
+        asked = {"cpu": resources["resourceCpuLimit"], "memory": resources["resourceMemoryLimit"]}
+        if "accelerator" in resources:
+            asked["nvidia.com/gpu"] = resources["accelerator"]["resourceCount"]
+        pool = largest.setdefault(placed[label]["nodeSelector"]["labels"]["opensora/pool"], {})
+        for name, amount in asked.items():
+            pool[name] = max(pool.get(name, 0), quantity(amount))
+    assert largest == {pool: {name: quantity(value) for name, value in most.items()} for pool, most in TASKS.items()}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_task_is_retried_however_long_it_took(compiled: dict[str, list[dict]], name: str) -> None:
+    day = 24 * 3600
+    for task_name, task, _ in tasks(compiled[name][0]):
+        if task_name == "check-weights":
+            assert "retryPolicy" not in task  # a second look sees the same, a minute later
+            continue
+        policy = task["retryPolicy"]
+        assert policy["maxRetryCount"] == 2, task_name
+        assert int(policy["backoffMaxDuration"].removesuffix("s")) >= 14 * day, task_name
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_weights_are_looked_for_before_anything_else(compiled: dict[str, list[dict]], name: str) -> None:
+    outermost = compiled[name][0]["root"]["dag"]["tasks"]
+    before = {task: set(value.get("dependentTasks", ())) for task, value in outermost.items()}
+    assert [task for task, others in before.items() if not others] == ["check-weights"]
+    steps = outermost["check-weights"]["inputs"]["parameters"]["steps"]["runtimeValue"]["constant"]
+    own = {task.replace("-", "_") for task, _, _ in tasks(compiled[name][0])} & set(ALL_STEPS)
+    assert set(steps) == own - {"demo_videos", "demo_models"}
+
+
+def test_without_the_cache_no_task_reads_it(tmp_path: Path) -> None:
+    compile_pipeline("full", tmp_path / "full.yaml", {}, {}, cache=False)
+    definition = next(yaml.safe_load_all((tmp_path / "full.yaml").read_text()))
+    assert not [name for name, task, _ in tasks(definition) if task["cachingOptions"].get("enableCache")]
+    assert "enableCache" not in str(definition)
+
+
 CACHED = {
     "data": {"list-shares", "demo-videos", "download", "split", "score", "demo-models", "caption", "encode", "share"},
     "training": set(),
     "release": set(),
 }
 NEVER = {
-    "data": {"version"},  # a remote may have been emptied
-    "training": {"restore", "train-image", "train-video", "train-highres"},
-    "release": {"trained", "evaluate", "promote"},
+    "data": {"check-weights", "version"},  # a remote may have been emptied
+    "training": {"check-weights", "restore", "train-image", "train-video", "train-highres"},
+    "release": {"check-weights", "trained", "evaluate", "promote"},
 }
 
 

@@ -81,6 +81,8 @@ def test_a_run_is_submitted_looked_at_and_cancelled(desk: Desk) -> None:
     assert "registry.example/opensora-python-data@sha256:" in spec
     assert desk.fake.tokens == {"Bearer secret"}
 
+    assert "enableCache" in spec
+
     reason = "error: TrainJob train-video-1a failed on node 13,\nexit code 1: error: rank 107"
     run["run_details"] = {
         "task_details": [
@@ -118,6 +120,14 @@ def test_nothing_is_sent_that_cannot_be_repeated_or_read(desk: Desk) -> None:
     assert not desk.fake.calls
 
 
+def test_a_run_may_take_nothing_from_the_cache(desk: Desk) -> None:
+    desk.say("submit", "full", "--images", str(desk.images), "--no-cache")
+    (run,) = desk.fake.runs.values()
+    spec = json.dumps(run["pipeline_spec"])
+    assert "cachingOptions" in spec
+    assert "enableCache" not in spec
+
+
 def test_servers_that_do_not_answer_as_they_should(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "says: Run gone not found (HTTP 404)" in desk.fail("status", "gone")
     monkeypatch.setenv("KFP_TOKEN", "wrong")
@@ -129,7 +139,7 @@ def test_servers_that_do_not_answer_as_they_should(desk: Desk, monkeypatch: pyte
     (desk.folder / "token.txt").write_text("secret\n")
     assert "Run run-0 not found" in desk.fail("status", "run-0")
     desk.fake.answer = lambda *_: (500, {})  # type: ignore[method-assign]
-    assert "is no Kubeflow Pipelines API (HTTP 500); give --host or KFP_HOST" in desk.fail("status", "run-0")
+    assert "is no Kubeflow Pipelines API (HTTP 500); give its address" in desk.fail("status", "run-0")
     assert "no Kubeflow Pipelines API at http://127.0.0.1:9 (ConnectionError)" in desk.fail(
         "status", "run-0", host="http://127.0.0.1:9"
     )
