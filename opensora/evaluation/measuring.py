@@ -103,7 +103,7 @@ def measure_all(
 def _measure(
     plan: Plan, suite: Suite, name: str, clips: Path, reference: Reference, work: Path, vbench: bool
 ) -> tuple[Measured, dict[str, str]]:
-    """What a stage's clips, kept in the folder `clips`, are worth; and what is not measured of them, with its reason."""
+    """What a stage's clips, kept in `clips`, are worth; and what is not measured of them, with its reason."""
     touch(clips)
     rows = read_rows(clips, plan.pairs)
     features = load_features(reference, plan.cache)
