@@ -282,7 +282,9 @@ class EvaluateConfig(Section):
     """Generate fixed prompts with every stage and measure."""
 
     prompts: tuple[str, ...] = Field((), description="prompts; with none here or in the file all of the embedded world")
-    prompts_file: str = Field("", description="file with a prompt a line, after those of `prompts`")
+    prompts_file: str = Field(
+        "", description="file with a prompt a line, after those of `prompts`; or VBench_full_info.json, without others"
+    )
     sampler: Sampler | None = Field(None, description="null: the one of the training's objective")
     steps: Positive = Field(30, description="sampling steps")
     guidance: PositiveFloat = Field(4.0, description="classifier-free guidance scale")

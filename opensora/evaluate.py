@@ -68,7 +68,7 @@ def run(
         opponent,
     )
     folder = StepFolder(output, fingerprint(*made_of))
-    if folder.is_done():
+    if folder.is_done() and not _is_back(champion, list(checkpoints.values())[-1].sha256, output):
         return read_report(output)
     work = folder.open()
     (work / "parts").mkdir(exist_ok=True)
@@ -99,6 +99,18 @@ def _opponent(found: Champion | None, candidate: str, output: Path) -> str:
         with suppress(OSError, ValueError, KeyError):
             return json.loads((output / "metrics.json").read_text())["compared_with"]
     return f"{found.sha256} {found.unavailable}".strip()
+
+
+def _is_back(found: Champion | None, candidate: str, output: Path) -> bool:
+    """Whether the champion lacks in a finished evaluation, where it could not generate, and can be loaded now.
+
+    What it lacked, memory or its VAE, may be there now. The candidate's clips are kept, and are not made again.
+    """
+    if found is None or found.checkpoint is None or found.sha256 == candidate:
+        return False
+    with suppress(OSError, ValueError):
+        return "champion_unavailable" in json.loads((output / "metrics.json").read_text())
+    return True
 
 
 def _write(

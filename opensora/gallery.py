@@ -1,6 +1,5 @@
 """The gallery: one HTML page on which candidate and champion play side by side, prompt by prompt, with their scores."""
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from opensora.evaluation.measuring import Findings
 from opensora.evaluation.plots import averaged
 from opensora.evaluation.prompts import describe_seeds
 from opensora.evaluation.scores import DISTANCES, PARTS, Measured, better, primary
+from opensora.gallery_clips import embed_clips
 from opensora.gallery_look import SCRIPT, STYLE
 from opensora.page import text, write_page
 
@@ -26,7 +26,8 @@ LABELS = {
 }
 SHARES = {name for name in LABELS if name != "flicker"}
 WIDTH, HEIGHT, LEFT, FOOT = 300, 120, 44, 18  # of a curve, and its margins, pixels
-EMBEDDED_MIB = 30  # of a page that holds its clips; a larger one shows those beside it
+PAGE_MIB = 30.0  # of the page with its clips
+SPARE = 1 << 16  # bytes of the page for what is not counted: its look, its script, a sentence
 TINY = 128  # height of a clip that is enlarged without smoothing, pixels
 
 
@@ -39,9 +40,9 @@ def write_gallery(
     metrics: Mapping[str, object],
     curves: Mapping[str, Sequence[tuple[int, float]]],
 ) -> None:
-    """Write `folder/gallery.html`; the clips lie below `folder`.
+    """Write `folder/gallery.html`, a page of up to 30 MiB that stands alone; the clips lie below `folder`.
 
-    Up to 30 MiB of clips are part of the page, which then stands alone.
+    Where the clips are larger, the page holds previews; see `embed_clips`.
 
     Args:
         metrics: what metrics.json says.
@@ -50,32 +51,31 @@ def write_gallery(
     champion = found.champion
     other = champion.measured if champion and champion.measured is not found.candidate else None
     shown = [*found.stages.values(), *([other] if other else [])]
-    size = sum((folder / file).stat().st_size for measured in shown for file in measured.files)
-    alone = size * 4 / 3 <= EMBEDDED_MIB << 20
-    rows = [
-        _prompt(folder if alone else None, number, prompt, seeds[number], found, other)
-        for number, prompt in enumerate(prompts)
-    ]
+    files = [[measured.files[number] for measured in shown] for number in range(len(prompts))]
+
+    def rows(sources: Mapping[str, str]) -> str:
+        numbered = enumerate(zip(prompts, seeds, strict=True))
+        return "".join(_prompt(sources, number, prompt, seed, found, other) for number, (prompt, seed) in numbered)
+
     drawn = [_curve(stage, averaged(points)) for stage, points in curves.items() if len(points) > 1]
-    body = [
+    head = [
         f"<h1>{text(title)}: evaluation</h1>",
-        _introduction(prompts, seeds, found, other, alone),
+        _introduction(prompts, seeds, found, other),
         "<h2>Scores</h2>",
         _score_table(found, other, metrics),
         _notes(found, metrics),
         *(["<h2>Losses</h2><div class=curves>", *drawn, "</div>"] if drawn else []),
         "<h2>Clips</h2>",
-        _controls(list(found.candidate.scores[0]), other, prompts),
-        "<main>",
-        *rows,
-        "</main>",
     ]
-    write_page(folder / "gallery.html", title, "".join(body), STYLE, SCRIPT, files=not alone)
+    controls = _controls(list(found.candidate.scores[0]), other, prompts)
+    room = int(PAGE_MIB * 2**20) - len("".join([*head, controls, rows({})]).encode()) - SPARE
+    sources, previews = embed_clips(folder, files, room)
+    absent = sum(not sources.keys() >= set(part) for part in files)
+    body = [*head, _about_clips(previews, absent), controls, "<main>", rows(sources), "</main>"]
+    write_page(folder / "gallery.html", title, "".join(body), STYLE, SCRIPT)
 
 
-def _introduction(
-    prompts: Sequence[str], seeds: Sequence[int], found: Findings, other: Measured | None, alone: bool
-) -> str:
+def _introduction(prompts: Sequence[str], seeds: Sequence[int], found: Findings, other: Measured | None) -> str:
     stages = ", ".join(text(stage) for stage in found.stages)
     said = [
         f"<p>{len(prompts)} prompt{'s' * (len(prompts) != 1)} with seeds {text(describe_seeds(seeds))}, "
@@ -96,9 +96,17 @@ def _introduction(
         )
     else:
         said.append(f"<p>The last stage is the champion already: {_name(champion)}.</p>")
-    if not alone:
-        said.append("<p>The clips are too large for one file: they lie in <code>samples/</code> beside this page.</p>")
     return "".join(said)
+
+
+def _about_clips(previews: int, absent: int) -> str:
+    """What is not shown as it is; the clips themselves are in the step's folder."""
+    said = []
+    if previews:
+        said.append(f"Large clips are shown as previews ({previews}): as they are, all would not fit into a page.")
+    if absent:
+        said.append(f"Of {absent} prompt{'s' * (absent != 1)} not all clips are shown.")
+    return f"<p>{' '.join(said)} The clips themselves lie in <code>samples/</code>.</p>" if said else ""
 
 
 def _name(champion: Champion) -> str:
@@ -172,7 +180,9 @@ def _key(kind: str, name: str) -> str:
     return kind + "".join(part.capitalize() for part in name.split("_"))
 
 
-def _prompt(folder: Path | None, number: int, prompt: str, seed: int, found: Findings, other: Measured | None) -> str:
+def _prompt(
+    sources: Mapping[str, str], number: int, prompt: str, seed: int, found: Findings, other: Measured | None
+) -> str:
     scores = found.candidate.scores[number]
     theirs = other.scores[number] if other else {}
     values = {f"v-{name}": value for name, value in scores.items()}
@@ -181,13 +191,13 @@ def _prompt(folder: Path | None, number: int, prompt: str, seed: int, found: Fin
     data = "".join(f" data-{name.replace('_', '-')}='{value:.6g}'" for name, value in values.items())
     tag = "<span class=tag>held out</span> " if "held-out" in marks else ""
     clips = [
-        _figure(folder, stage, prompt, number, measured)
+        _figure(sources, stage, prompt, number, measured)
         for stage, measured in found.stages.items()
         if not other or measured is not found.candidate
     ]
     if other and found.champion:
-        pair = _figure(folder, f"candidate: {found.last}", prompt, number, found.candidate)
-        pair += _figure(folder, f"champion version {found.champion.version}", prompt, number, other)
+        pair = _figure(sources, f"candidate: {found.last}", prompt, number, found.candidate)
+        pair += _figure(sources, f"champion version {found.champion.version}", prompt, number, other)
         clips.append(f"<div class=pair>{pair}</div>")
     return (
         f"<article data-number={number} data-text='{text(prompt.lower())}' data-is='{' '.join(marks)}'{data}>"
@@ -269,21 +279,17 @@ def _curve(stage: str, points: Sequence[tuple[int, float]]) -> str:
     )
 
 
-def _figure(folder: Path | None, title: str, prompt: str, number: int, measured: Measured) -> str:
-    """A playing clip; part of the page if its `folder` is given, else shown from beside it."""
+def _figure(sources: Mapping[str, str], title: str, prompt: str, number: int, measured: Measured) -> str:
+    """A playing clip; its name where the page has no place for it."""
     file = measured.files[number]
-    picture = file.endswith(".png")
-    if folder is None:
-        source = text(file)
-    else:
-        data = base64.b64encode((folder / file).read_bytes()).decode()
-        source = f"data:{'image/png' if picture else 'video/mp4'};base64,{data}"
+    source = sources.get(file)
     kind = "clip tiny" if measured.height < TINY else "clip"
-    if picture:
+    if source is None:
+        shown = f"<code>{text(file)}</code>"
+    elif file.endswith(".png"):
         shown = f"<img class='{kind}' alt='{text(prompt)}' src='{source}'>"
     else:
-        preload = "" if folder else " preload=none"
-        shown = f"<video class='{kind}' autoplay loop muted playsinline{preload} src='{source}'></video>"
+        shown = f"<video class='{kind}' autoplay loop muted playsinline src='{source}'></video>"
     return f"<figure><figcaption>{text(title)}</figcaption>{shown}{_verdict(prompt, number, measured)}</figure>"
 
 

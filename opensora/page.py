@@ -13,28 +13,29 @@ table { border-collapse: collapse; } td, th { border-bottom: 1px solid var(--lin
 """
 HEAD = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
 # Captions and addresses are foreign: whatever they hold, the page loads nothing, and runs its own script alone.
-POLICY = "default-src 'none'; img-src data:{files}; media-src data:{files}; style-src 'unsafe-inline'{script}"
-FILES = " 'self' file:"  # beside the page
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'{script}"
 
 
-def write_page(path: Path, title: str, body: str, style: str = "", script: str = "", files: bool = False) -> None:
+def write_page(path: Path, title: str, body: str, style: str = "", script: str = "") -> None:
     """Write a page of HTML fragments; a reader sees the whole file or none.
 
     Args:
         style: CSS that adds to STYLE.
         script: JavaScript; the page must be of use without it.
-        files: pictures and videos beside the page may be shown.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     allowed = f"; script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" if script else ""
-    policy = POLICY.format(files=FILES if files else "", script=allowed)
+    policy = POLICY.format(script=allowed)
     head = f'{HEAD}<meta http-equiv=Content-Security-Policy content="{policy}">'
     end = f"<script>{script}</script>" if script else ""
     part = path.with_name(path.name + ".part")
-    part.write_text(
-        f"{head}<title>{text(title)}</title><style>{STYLE}{style}</style><body>{body}{end}</body></html>", "utf-8"
-    )
-    part.replace(path)
+    try:
+        part.write_text(
+            f"{head}<title>{text(title)}</title><style>{STYLE}{style}</style><body>{body}{end}</body></html>", "utf-8"
+        )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def text(value: object) -> str:

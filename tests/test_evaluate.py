@@ -1,5 +1,7 @@
 """The measures tell a perfect sampler from a wrong one, and the step leaves what the gate, DVC and people read."""
 
+import errno
+import gc
 import json
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from opensora.config import ConfigError, UserError, load_config
 from opensora.demo.shapes import Scene, all_scenes, render_clip
@@ -27,6 +30,8 @@ from opensora.tracking.registry import register
 from opensora.tracking.store import connect
 from opensora.training.checkpoint import read_info
 from tests.conftest import ROOT
+from tests.small_disk import small_disk
+from tests.test_architecture import own_imports
 
 PROMPTS = [scene.caption for scene in all_scenes()]
 SUITE = Suite.load(device="cpu")
@@ -180,23 +185,30 @@ def test_a_killed_run_ends_as_one_never_stopped(checkpoint: Path, first: Path, t
     shutil.copy(first.parent / "mlflow.db", tmp_path)  # a kill while MLflow makes its tables is not the matter here
     command = f"from tests.test_evaluate import *; evaluate(Path({str(base)!r}))"
     process = subprocess.Popen([sys.executable, "-c", f"{command} if __name__ == '__main__' else None"], cwd=ROOT)
-    parts = base / ".partial" / "evaluate" / "parts"
+    kept = base / ".cache" / "evaluate"
     try:
         limit = time.monotonic() + 120
-        while not list(parts.glob("train_video-*.json")):
+        while not list(kept.glob("*/*.json")):
             assert process.poll() is None, "it ended before it was killed"
             assert time.monotonic() < limit
             time.sleep(0.01)
     finally:
         process.kill()
         process.wait(60)
-    made = {path: path.stat().st_mtime_ns for path in parts.glob("train_video-*.json")}
+    made = states(kept)
     assert made
     assert not (base / "evaluate").exists()
     evaluate(base)
     assert results(base) == results(first)
+    assert made.items() <= states(kept).items()  # what was there is not made again
     for clip in (first / "evaluate" / "samples").rglob("*.mp4"):
         assert (base / clip.relative_to(first)).read_bytes() == clip.read_bytes()
+
+
+def states(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Of every row and the clip that lies before it: what tells one file from another of the same name."""
+    files = [path for row in folder.glob("*/*.json") for path in (row, row.with_suffix(".mp4"))]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +249,9 @@ def test_a_champion_without_an_evaluation_generates_the_same_prompts(first: Path
     assert champion["metrics"]["prompt_following_seen"] == own["prompt_following_seen"]
     assert champion["metrics"]["evaluation_sha256"] == own["evaluation_sha256"] == candidate["evaluation_sha256"]
     assert candidate["champion_sha256"] == champion["sha256"]
+    of = candidate["distances"]["fd_randconv"]
+    assert of == {"extractor": "randconv", "sha256": "seed 20240318", "n": 4, "reference_n": 48}
+    assert champion["metrics"]["distances"] == candidate["distances"]
     page = (second / "evaluate" / "gallery.html").read_text()
     assert page.count("<figcaption>champion version 1</figcaption>") == 4
 
@@ -249,6 +264,7 @@ def test_a_champions_own_evaluation_is_taken_if_it_was_made_alike(first: Path, s
     generated = json.loads((second / "evaluate" / "champion.json").read_text())
     assert kept.scores == generated["scores"]
     assert kept.metrics["flicker"] == generated["metrics"]["train_video_flicker"]
+    assert kept.distances == generated["metrics"]["distances"]
     clip = Path("samples", "champion", "003.mp4")
     assert kept.files[3] == str(clip)
     assert (tmp_path / "work" / clip).read_bytes() == (second / "evaluate" / clip).read_bytes()
@@ -286,6 +302,56 @@ def test_a_champion_that_cannot_be_loaded_is_said(
     assert "cannot be asked" in found.unavailable
 
 
+def test_another_champion_costs_its_own_clips_alone(second: Path, first: Path, tmp_path: Path) -> None:
+    """Also one that could not generate, as soon as it can."""
+    from safetensors.torch import load_file
+
+    from opensora.training.checkpoint import save_checkpoint
+
+    shutil.copytree(second.parent, tmp_path / "runs")
+    base, other = tmp_path / "runs" / "smoke", tmp_path / "other"
+    shutil.copytree(first, other)
+    (old,) = (other / "train_video" / "checkpoints").glob("step-*")
+    info = read_info(old)
+    state = load_file(old / "ema.safetensors")
+    state[min(state)] += 1
+    about = {name: info[name] for name in ("config", "stage", "vae", "text_encoder", "vae_scale")}
+    _promote(
+        base.parent,
+        save_checkpoint(old.parent, step=9, model=load_file(old / "model.safetensors"), ema=state, info=about),
+    )
+    vae = other / "demo_models" / "vae" / "diffusion_pytorch_model.safetensors"
+    whole, before = vae.read_bytes(), states(base / ".cache" / "evaluate")
+    vae.write_bytes(whole[: len(whole) // 2])
+    evaluate(base)
+    assert "vae" in results(base)["champion_unavailable"]
+    assert not (base / "evaluate" / "champion.json").exists()
+
+    vae.write_bytes(whole)
+    evaluate(base)
+    assert "champion_unavailable" not in results(base)
+    assert json.loads((base / "evaluate" / "champion.json").read_text())["version"] == "2"
+    after = states(base / ".cache" / "evaluate")
+    assert len(before) == 2 * 2 * len(results(base)["prompts"])  # of the candidate and of the champion before
+    assert before.items() < after.items()
+    kept = {inode for inode, _ in before.values()}
+    assert {path.stat().st_ino for path in (base / "evaluate" / "samples" / "train_video").iterdir()} <= kept
+
+
+def test_a_full_disk_is_nobodys_fault(checkpoint: Path, first: Path, tmp_path: Path) -> None:
+    base = tmp_path / "smoke"
+    shutil.copytree(checkpoint.parents[2], base)
+    shutil.copy(first.parent / "mlflow.db", tmp_path)
+    with small_disk(base / ".cache", "24k"), pytest.raises(OSError, match="No space left") as caught:
+        evaluate(base)
+    assert caught.value.errno == errno.ENOSPC
+    assert not (base / "evaluate").exists()
+    del caught  # its frames hold the lock of the folder
+    gc.collect()
+    evaluate(base)
+    assert results(base) == results(first)
+
+
 def test_a_candidate_that_became_champion_is_not_evaluated_again(second: Path, tmp_path: Path) -> None:
     shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
     base = tmp_path / "smoke"
@@ -293,6 +359,41 @@ def test_a_candidate_that_became_champion_is_not_evaluated_again(second: Path, t
     _promote(tmp_path, next((base / "train_video" / "checkpoints").glob("step-*2")))
     evaluate(base)
     assert (base / "evaluate" / "report.json").stat().st_mtime_ns == before
+
+
+def test_dvc_knows_the_code_that_makes_the_numbers() -> None:
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["evaluate"]["deps"]
+    own = [
+        ROOT / path for path in deps if path.startswith(("opensora/evaluat", "opensora/gallery", "opensora/metrics"))
+    ]
+    files = [file for path in own for file in ([path] if path.is_file() else path.glob("*.py"))]
+    used = {name for file in files for name in own_imports(file)}
+    # What decides where things lie and who makes them, and no number.
+    plain = {
+        "config",
+        "progress",
+        "step",
+        "weights",
+        "data.gpu",
+        "data.reuse",
+        "data.shards",
+        "data.video",
+        "data.workers",
+    }
+    left = {name for name in used - plain if not name.startswith(("tracking.", "training."))}
+    assert {"demo.shapes", "clip_file", "generate", "metrics.motion"} <= left
+    lacking = [
+        name
+        for name in left
+        if not any(dep in (path, f"{path}.py") for dep in deps for path in paths_of(f"opensora.{name}"))
+    ]
+    assert lacking == []
+
+
+def paths_of(module: str) -> list[str]:
+    """A module and the packages it is in, as paths."""
+    parts = module.split(".")
+    return ["/".join(parts[:count]) for count in range(2, len(parts) + 1)]
 
 
 def test_prompts_come_from_the_configuration_and_its_file(tmp_path: Path) -> None:

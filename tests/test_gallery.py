@@ -1,22 +1,29 @@
 """The gallery stands alone: one file, nothing loaded from elsewhere, every clip, score and difference in it."""
 
 import base64
+import io
 import re
+import shutil
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
+import av
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from opensora import gallery
 from opensora.clip_file import write_clip
+from opensora.data.video import read_frames
 from opensora.demo.shapes import held_out_scenes
 from opensora.evaluation.champion import Champion
 from opensora.evaluation.measuring import Findings
 from opensora.evaluation.reference import Reference, Shape
 from opensora.evaluation.scores import Measured
 from opensora.gallery import write_gallery
+from tests.small_disk import small_disk
 
 HIDDEN = held_out_scenes()[0]
 PROMPTS = ["a red circle moving up", HIDDEN.caption, "<script>alert(1)</script>"]
@@ -113,8 +120,68 @@ def test_a_champion_that_cannot_be_shown_is_said(tmp_path: Path) -> None:
     assert "difference" not in page.split("<main>")[0]
 
 
-def test_large_clips_stay_beside_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "EMBEDDED_MIB", 0)
-    page = page_of(tmp_path, None)
-    assert all((tmp_path / source).is_file() for source in Tags(page).sources)
-    assert "media-src data: 'self' file:" in page
+def film(number: int, height: int, width: int, frames: int = 8) -> np.ndarray:
+    """Grey texture that moves, which takes many bytes: uint8 [T, H, W, 3]."""
+    rng = np.random.default_rng(number)
+    texture = rng.integers(0, 256, (height // 8, width // 4), dtype=np.uint8)
+    picture = cv2.cvtColor(cv2.resize(texture, (2 * width, height)), cv2.COLOR_GRAY2RGB)
+    return np.stack([picture[:, 4 * index : 4 * index + width] for index in range(frames)])
+
+
+def test_clips_that_are_too_large_are_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page stands alone and under its limit; what is small on the page already is not touched."""
+    prompts, seeds = [f"scene {number}" for number in range(6)], list(range(6))
+    picture, tiny, large = (
+        [write_clip(tmp_path / f"{name}{number}", film(number, *size), 12).name for number in seeds]
+        for name, size in (("p", (400, 300, 1)), ("t", (48, 48)), ("l", (400, 300)))
+    )
+    scores = [{"flicker": 0.5}] * 6
+    heights = {"train_image": (picture, 400), "train_video": (tiny, 48), "train_highres": (large, 400)}
+    stages = {name: Measured(files, scores, {}, height) for name, (files, height) in heights.items()}
+    found = Findings(stages, Reference(Shape(8, 400, 300, 1), (), None), None, ("randconv",), {})
+    whole = sum((tmp_path / file).stat().st_size for file in (*picture, *tiny, *large))
+
+    def sources(limit: int) -> list[str]:
+        monkeypatch.setattr(gallery, "PAGE_MIB", limit / 2**20)
+        write_gallery(tmp_path, "opensora-smoke", prompts, seeds, found, {}, {})
+        assert (tmp_path / "gallery.html").stat().st_size <= limit
+        found_sources = Tags((tmp_path / "gallery.html").read_text()).sources
+        assert all(source.startswith("data:") for source in found_sources)
+        return found_sources
+
+    assert len(sources(2 * whole)) == 18
+    assert "previews" not in (tmp_path / "gallery.html").read_text()
+    shown = sources(gallery.SPARE + (450 << 10))
+    assert (tmp_path / "gallery.html").read_text().count("Large clips are shown as previews (12)") == 1
+    assert len(shown) == 18
+    for number in seeds:
+        image, small, video = (base64.b64decode(source.split(",")[1]) for source in shown[3 * number : 3 * number + 3])
+        assert Image.open(io.BytesIO(image)).size == (135, 180)
+        assert small == (tmp_path / tiny[number]).read_bytes()
+        with av.open(io.BytesIO(video)) as container:
+            stream = container.streams.video[0]
+            about = (stream.codec.name, stream.pix_fmt, stream.height, stream.average_rate, stream.frames)
+        assert about == ("h264", "yuv420p", 180, 12, 8)
+        exact = read_frames((tmp_path / large[number]).read_bytes())[3]
+        apart = cv2.resize(exact, (136, 180), interpolation=cv2.INTER_AREA) - read_frames(video)[3].astype(float)
+        assert np.abs(apart).mean() < 6  # grey levels
+
+    few = sources(gallery.SPARE + (160 << 10))  # no room for previews of all prompts
+    assert 0 < len(few) < 18
+    page = (tmp_path / "gallery.html").read_text()
+    assert f"<code>{large[5]}</code>" in page
+    assert "not all clips are shown." in page
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_full_disk_leaves_the_page_before(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "160k") as small:
+        page_of(small, None)
+        before = (small / "gallery.html").read_bytes()
+        (small / "ballast").write_bytes(b"x" * (shutil.disk_usage(small).free - 4096))
+        with pytest.raises(OSError, match="No space left"):
+            page_of(small, None)
+        assert (small / "gallery.html").read_bytes() == before
+        assert not list(small.glob("*.part"))
+        (small / "ballast").unlink()
+        page_of(small, None)

@@ -96,10 +96,11 @@ def read_kept(folder: Path, stage: str, height: int, identity: str, work: Path) 
             (clip,) = (folder / "samples" / stage).glob(f"{number:03d}.*")
             link_file(clip, samples / clip.name)
             files.append(f"samples/{NAME}/{clip.name}")
+        distances = metrics["distances"]
         own = {name.removeprefix(f"{stage}_"): value for name, value in metrics.items() if name.startswith(f"{stage}_")}
     except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged, or of another version: made anew
-    return Measured(files, scores, own, height)
+    return Measured(files, scores, own, height, distances=distances)
 
 
 def kept_measures(found: Champion, plan: Plan, work: Path) -> Measured | None:

@@ -4,18 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from opensora.config import UserError
+from opensora.data.reuse import link_file
+from opensora.evaluation.by_vbench import measure_by_vbench
 from opensora.evaluation.champion import NAME as CHAMPION
 from opensora.evaluation.champion import Champion, kept_measures
-from opensora.evaluation.plan import Plan
-from opensora.evaluation.reference import Reference, keep_features, load_features, reference_tasks
-from opensora.evaluation.sampling import Row, embed_prompts, load_suite, read_rows, sample_tasks
-from opensora.evaluation.scores import Measured, measure, prompt_scores
+from opensora.evaluation.kept import prune, touch
+from opensora.evaluation.plan import CLIPS, Plan
+from opensora.evaluation.reference import REFERENCE, Reference, keep_features, load_features, reference_tasks
+from opensora.evaluation.sampling import Row, embed_prompts, load_suite, missing, read_rows, sample_tasks
+from opensora.evaluation.scores import Measured, about, measure, prompt_scores
 from opensora.evaluation.share import share
 from opensora.metrics.suite import Suite
-from opensora.metrics.vbench_runner import NOT_SET, run_vbench
 from opensora.training.checkpoint import Checkpoint
 
 
@@ -27,7 +27,7 @@ class Findings:
         stages: in order; the last one is the candidate.
         reference: the real clips that the candidate was compared with.
         champion: None if there is none yet.
-        extractors: in use, by name.
+        extractors: in use, by name; VBench with its version.
         absent: what was not measured, and why.
     """
 
@@ -67,15 +67,16 @@ def measure_all(
     last = list(checkpoints)[-1]
     candidate = checkpoints[last]
     makers, against = dict(checkpoints), dict(references)
+    texts = work / "parts" / "text"
     if champion:
         champion = _meet(champion, candidate, plan, work)
         if champion.checkpoint and not champion.measured and champion.sha256 != candidate.sha256:
             makers[CHAMPION], against[CHAMPION] = champion.checkpoint, plan.reference(champion.checkpoint)
-    embed_prompts(candidate.folder, plan.prompts, work)
-
-    folders = {name: checkpoint.folder for name, checkpoint in makers.items()}
-    pairs = list(zip(plan.prompts, plan.seeds, strict=True))
-    samples = sample_tasks(folders, pairs, work, plan.config, plan.weights)
+    clips = {name: plan.clips(checkpoint) for name, checkpoint in makers.items()}
+    places = {name: (checkpoint.folder, clips[name]) for name, checkpoint in makers.items()}
+    samples = sample_tasks(places, plan.pairs, texts, plan.config, plan.weights)
+    if any(task.name != CHAMPION for task in samples):
+        embed_prompts(candidate.folder, plan.prompts, texts)
     real = reference_tasks(list(against.values()), plan.cache, work, plan.weights)
     failure = share([*real, *samples], plan.config.processes, may_fail=CHAMPION)
     keep_features(real, plan.cache)
@@ -83,22 +84,11 @@ def measure_all(
     suite = load_suite(plan.weights)
     measured, absent = {}, dict(suite.absent)
     for name in makers if not failure else checkpoints:
-        rows = read_rows([task for task in samples if task.name == name])
-        features = load_features(against[name], plan.cache)
-        metrics = measure(suite, plan.prompts, rows, features)
-        if name in (last, CHAMPION):
-            more, lacking = _by_vbench(plan, name, rows, work)
-            metrics |= more
-        if name == last:
-            absent |= lacking | _missing(suite, rows, features, references[last].reason)
-        measured[name] = Measured(
-            files=[row["file"] for row in rows],
-            scores=prompt_scores(plan.prompts, rows),
-            metrics=metrics,
-            height=against[name].shape.height,
-            real_clips=max((len(found) for found in (features or {}).values()), default=0),
-            seen=[row["seen"] for row in rows],
-        )
+        vbench = name in (last, CHAMPION)
+        measured[name], lacking = _measure(plan, suite, name, clips[name], against[name], work, vbench)
+        absent |= lacking if name == last else {}
+    for folder in (plan.cache / CLIPS, plan.cache / REFERENCE):
+        prune(folder)
     own = measured.pop(CHAMPION, None)
     if champion and failure:
         champion = replace(champion, unavailable=failure)
@@ -106,30 +96,45 @@ def measure_all(
         champion = replace(champion, measured=measured[last])
     elif champion and own:
         champion = replace(champion, measured=own)
-    return Findings(measured, references[last], champion, suite.names, absent)
+    extractors = (*suite.names, *([f"vbench {plan.vbench}"] if plan.vbench else []))
+    return Findings(measured, references[last], champion, extractors, absent)
 
 
-def _missing(
-    suite: Suite, rows: Sequence[Row], features: Mapping[str, np.ndarray] | None, reason: str
-) -> dict[str, str]:
-    """Distances that the suite has an extractor for and that were not taken, and why."""
+def _measure(
+    plan: Plan, suite: Suite, name: str, clips: Path, reference: Reference, work: Path, vbench: bool
+) -> tuple[Measured, dict[str, str]]:
+    """What a stage's clips, kept in `clips`, are worth; and what is not measured of them, with its reason."""
+    touch(clips)
+    rows = read_rows(clips, plan.pairs)
+    features = load_features(reference, plan.cache)
     distances = suite.distances([row["measures"] for row in rows], features)
-    return {name: reason or found.absent for name, found in distances.items() if found.value is None}
-
-
-def _by_vbench(plan: Plan, name: str, rows: Sequence[Row], work: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """VBench's scores of the clips by metric, and what it lacks; a stopped run asks for the missing ones alone."""
-    if not plan.config.vbench:
-        return {}, {"vbench": NOT_SET}
-    if rows[0]["shape"][0] < 2:
-        return {}, {"vbench": "the last stage makes pictures"}
-    prompts = {Path(row["file"]).name: prompt for row, prompt in zip(rows, plan.prompts, strict=True)}
-    output = work / "parts" / f"vbench-{name}"
-    found = run_vbench(plan.config.vbench, work / "samples" / name, output, prompts=prompts)
-    return (
-        {f"vbench_{dimension}": score for dimension, score in found.scores.items()},
-        {f"vbench_{dimension}": reason for dimension, reason in found.absent.items()},
+    absent = {metric: reference.reason or one.absent for metric, one in distances.items() if one.value is None}
+    metrics = measure(suite, plan.prompts, rows, features)
+    if vbench:
+        more, lacking = measure_by_vbench(plan, rows, clips, work / "parts" / f"videos-{name}")
+        metrics, absent = metrics | more, absent | lacking
+    measured = Measured(
+        files=_link(clips, rows, work, name),
+        scores=prompt_scores(plan.prompts, rows),
+        metrics=metrics,
+        height=reference.shape.height,
+        real_clips=max((len(found) for found in (features or {}).values()), default=0),
+        seen=[row["seen"] for row in rows],
+        distances=about(distances),
     )
+    return measured, absent
+
+
+def _link(clips: Path, rows: Sequence[Row], work: Path, name: str) -> list[str]:
+    """Give the clips their place in `samples/<name>/`, numbered as the prompts; returns the names below `work`."""
+    samples = work / "samples" / name
+    samples.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, row in enumerate(rows):
+        source = clips / row["file"]
+        link_file(source, samples / f"{number:03d}{source.suffix}")
+        files.append(f"samples/{name}/{number:03d}{source.suffix}")
+    return files
 
 
 def _meet(champion: Champion, candidate: Checkpoint, plan: Plan, work: Path) -> Champion:
@@ -143,7 +148,8 @@ def _meet(champion: Champion, candidate: Checkpoint, plan: Plan, work: Path) -> 
     measured = kept_measures(champion, plan, work)
     if measured is None:
         try:
-            embed_prompts(checkpoint.folder, plan.prompts, work)
+            if missing(plan.clips(checkpoint), plan.pairs):
+                embed_prompts(checkpoint.folder, plan.prompts, work / "parts" / "text")
         except UserError as error:
             return replace(champion, checkpoint=None, unavailable=str(error))
     return replace(champion, measured=measured)

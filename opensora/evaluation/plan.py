@@ -7,16 +7,21 @@ from typing import Any
 from opensora.config import EvaluateConfig
 from opensora.data.reuse import hash_folder
 from opensora.evaluation import METRICS_VERSION
-from opensora.evaluation.prompts import evaluation_prompts
+from opensora.evaluation.prompts import evaluation_prompts, read_benchmark
 from opensora.evaluation.reference import Reference, Shape, real_reference, rendered_reference
-from opensora.evaluation.sampling import Weights
+from opensora.evaluation.sampling import Pair, Weights
 from opensora.metrics.features import EXTRACTOR
+from opensora.metrics.vbench import Prompt
+from opensora.metrics.vbench_runner import find_version
 from opensora.step import fingerprint
 from opensora.training.checkpoint import Checkpoint
 from opensora.weights import hash_file
 
-# Of the configuration; prompts and seeds count as they are read, and how work is shared changes no clip.
-NOT_SETTINGS = {"processes", "batch_size", "prompts", "prompts_file", "seed"}
+CLIPS = "evaluate"  # in the cache
+EXTRACTORS = ("videomae", "i3d", "inception", "clip")
+# Of the configuration. Prompts and seeds count as they are read, extractors by their weights wherever these lie; how
+# work is shared changes no clip.
+NOT_SETTINGS = {"processes", "batch_size", "prompts", "prompts_file", "seed", *EXTRACTORS, "vbench"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Plan:
     seeds: list[int]
     weights: Weights
     extractors: dict[str, Any]  # hashes of the weights
+    vbench: str  # version of the package; empty: it cannot be run
+    benchmark: tuple[Prompt, ...]  # VBench's prompts, of which `prompts` are; empty: they are others
     data: Data | None  # None: the embedded world
     cache: Path
 
@@ -51,14 +58,32 @@ class Plan:
         """Hash of prompts, seeds, settings, extractors and real clips: numbers of one hash compare."""
         settings = self.config.model_dump(exclude=NOT_SETTINGS)
         shape = asdict(reference.shape)
-        return fingerprint(METRICS_VERSION, settings, self.prompts, self.seeds, self.extractors, reference.key, shape)
+        measured = [self.extractors, self.vbench, reference.key]
+        return fingerprint(METRICS_VERSION, settings, self.prompts, self.seeds, measured, shape)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Prompts with their seeds."""
+        return list(zip(self.prompts, self.seeds, strict=True))
+
+    def clips(self, checkpoint: Checkpoint) -> Path:
+        """Where a checkpoint's clips and their rows are kept: a folder for all that decides them, the prompt aside.
+
+        Raises:
+            CheckpointError: its VAE or its text encoder is missing.
+        """
+        settings = self.config.model_dump(exclude={*NOT_SETTINGS, "reference_clips"})
+        models = [hash_folder(folder, self.cache) for folder in (checkpoint.vae, checkpoint.text_encoder)]
+        key = fingerprint(METRICS_VERSION, settings, self.extractors, models)
+        return self.cache / CLIPS / f"{checkpoint.sha256[:16]}-{key[:16]}"
 
 
 def make_plan(config: EvaluateConfig, data: Data | None, weights: Weights, cache: Path) -> Plan:
     """Read the prompts, and hash what decides; raises ConfigError for a prompts file that is wrong."""
-    pairs = evaluation_prompts(config)
+    pairs, benchmark = evaluation_prompts(config), read_benchmark(config)
     extractors: dict[str, Any] = {EXTRACTOR: METRICS_VERSION}
     for name, path in weights.items():
         if path is not None:
             extractors[name] = hash_folder(path, cache) if path.is_dir() else hash_file(path)
-    return Plan(config, [text for text, _ in pairs], [seed for _, seed in pairs], weights, extractors, data, cache)
+    prompts, seeds = [text for text, _ in pairs], [seed for _, seed in pairs]
+    return Plan(config, prompts, seeds, weights, extractors, find_version(config.vbench), benchmark, data, cache)

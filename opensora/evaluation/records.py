@@ -34,6 +34,7 @@ def metrics_record(plan: Plan, found: Findings) -> dict[str, Any]:
         "reference": "kept clips" if plan.data else "rendered scenes",
         "reference_sha256": found.reference.key,
         "reference_clips": found.candidate.real_clips,
+        "distances": found.candidate.distances,
         "absent": found.absent,
     }
     if revision := os.environ.get(DATA_REVISION):
@@ -63,6 +64,7 @@ def champion_record(metrics: dict[str, Any], found: Findings) -> dict[str, Any] 
     own |= headline(own, "", found.last)
     own |= {name: metrics[name] for name in COMPARABLE if name in metrics} | {"evaluation_sha256": champion.identity}
     scores = champion.measured.scores
+    own["distances"] = champion.measured.distances
     return {"version": champion.version, "sha256": champion.sha256, "metrics": own, "scores": scores}
 
 

@@ -17,9 +17,11 @@ from opensora.data.clip_reader import ClipError, read_crop
 from opensora.data.clip_table import ClipTable
 from opensora.data.shards import read_bytes
 from opensora.demo.shapes import all_scenes, parse_caption, render_clip
+from opensora.evaluation.kept import touch
 from opensora.evaluation.sampling import Weights, load_suite
 from opensora.step import fingerprint, write_json
 
+REFERENCE = "reference"  # in the cache
 SEED = 7
 BATCH = 32  # clips a task
 log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ class Reference:
 
     def file(self, cache: Path) -> Path:
         """Where the features are kept: an array [N, D] by extractor."""
-        return cache / "reference" / f"{self.key}.npz"
+        return cache / REFERENCE / f"{self.key}.npz"
 
 
 def rendered_reference(prompts: Sequence[str], shape: Shape, extractors: object) -> Reference:
@@ -183,10 +185,13 @@ def keep_features(tasks: Sequence[ReferenceTask], cache: Path) -> None:
         path = reference.file(cache)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        with part.open("wb") as handle:
-            arrays: Any = {name: np.array([row[name] for row in found]) for name in (found or [{}])[0]}
-            np.savez(handle, **arrays)
-        part.replace(path)
+        arrays: Any = {name: np.array([row[name] for row in found]) for name in (found or [{}])[0]}
+        try:
+            with part.open("wb") as handle:
+                np.savez(handle, **arrays)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def load_features(reference: Reference, cache: Path) -> dict[str, np.ndarray] | None:
@@ -195,7 +200,9 @@ def load_features(reference: Reference, cache: Path) -> dict[str, np.ndarray] | 
         return None
     try:
         with np.load(reference.file(cache)) as kept:
-            return {name: kept[name] for name in kept.files}
+            found = {name: kept[name] for name in kept.files}
+        touch(reference.file(cache))
+        return found
     except (OSError, ValueError, EOFError, KeyError):
         return None
     except Exception as error:  # zipfile raises its own for a damaged file

@@ -1,7 +1,12 @@
-"""Clips of fixed prompts and seeds by one checkpoint, each measured where it was made."""
+"""Clips of fixed prompts and seeds by one checkpoint, each measured where it was made, and kept.
+
+`.cache/evaluate/<checkpoint>-<settings>/` holds a clip and its row a prompt and seed, named by a hash of both. So they
+outlive the step's folder: a candidate is not sampled again because the champion is another one, because prompts were
+added, or when it has become the champion itself.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,47 +18,46 @@ from opensora.config import EvaluateConfig
 from opensora.demo.shapes import detect, parse_caption
 from opensora.evaluation.share import keep_loaded
 from opensora.metrics.suite import Suite
-from opensora.step import write_json
+from opensora.step import fingerprint, write_json
 
 Weights = Mapping[str, Path | None]  # of extractors, by their name in the configuration
 Row = dict[str, Any]  # what became of one prompt; see `describe_sample`
+Pair = tuple[str, int]  # a prompt and its seed
 
 
 @dataclass(frozen=True)
 class SampleTask:
-    """Some prompts for one checkpoint; clips and results go below `folder`."""
+    """Some prompts for one checkpoint."""
 
     name: str  # the stage
     checkpoint: Path
-    prompts: tuple[tuple[str, int], ...]  # with their seeds
-    first: int  # number of the first prompt
-    folder: Path
+    pairs: tuple[Pair, ...]
+    folder: Path  # where clips and rows are kept
+    texts: Path  # embeddings of the prompts
     config: EvaluateConfig
     weights: Weights
 
     @property
     def result(self) -> Path:
         """Written last: the task is done when it is there."""
-        return self.folder / "parts" / f"{self.name}-{self.first:05d}.json"
+        return _row_file(self.folder, self.pairs[-1])
 
     def do(self) -> None:
-        """Generate, write the clips to `samples/<name>/` and their rows to `result`."""
+        """Generate; leave each clip, and its row after it."""
         from opensora.generate import Pipeline, choose_sampling
 
-        how, texts = self.config, self.folder / "parts" / "text"
-        pipeline = keep_loaded("pipeline", self.checkpoint, lambda: Pipeline.load(self.checkpoint, texts))
+        how = self.config
+        pipeline = keep_loaded("pipeline", self.checkpoint, lambda: Pipeline.load(self.checkpoint, self.texts))
         suite = load_suite(self.weights)
         sampler = how.sampler or pipeline.checkpoint.train.objective
         sampling = choose_sampling(pipeline.checkpoint, sampler, how.steps, how.guidance, how.guidance_mode)
-        prompts, seeds = zip(*self.prompts, strict=True)
+        prompts, seeds = zip(*self.pairs, strict=True)
         videos = pipeline.sample(pipeline.embed(prompts), seeds, sampling)
-        samples = self.folder / "samples" / self.name
-        samples.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for place, (prompt, frames) in enumerate(zip(prompts, videos, strict=True)):
-            path = write_clip(samples / f"{self.first + place:03d}", frames, how.fps, note=prompt)
-            rows.append(describe_sample(suite, prompt, frames) | {"file": str(path.relative_to(self.folder))})
-        write_json(self.result, rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for pair, frames in zip(self.pairs, videos, strict=True):
+            row = _row_file(self.folder, pair)
+            path = write_clip(row.with_suffix(""), frames, how.fps, note=pair[0])
+            write_json(row, describe_sample(suite, pair[0], frames) | {"file": path.name})
 
 
 def load_suite(weights: Weights) -> Suite:
@@ -64,30 +68,63 @@ def load_suite(weights: Weights) -> Suite:
 
 
 def sample_tasks(
-    checkpoints: Mapping[str, Path],
-    prompts: Sequence[tuple[str, int]],
-    folder: Path,
+    makers: Mapping[str, tuple[Path, Path]],
+    pairs: Sequence[Pair],
+    texts: Path,
     config: EvaluateConfig,
     weights: Weights,
 ) -> list[SampleTask]:
-    """Tasks of `config.batch_size` prompts, checkpoint by checkpoint."""
-    return [
-        SampleTask(name, path, tuple(prompts[first : first + config.batch_size]), first, folder, config, weights)
-        for name, path in checkpoints.items()
-        for first in range(0, len(prompts), config.batch_size)
-    ]
+    """Tasks of `config.batch_size` prompts, checkpoint by checkpoint, for the clips that are not kept.
+
+    Args:
+        makers: by stage the checkpoint, and the folder where its clips are kept.
+        texts: folder of the prompts' embeddings.
+    """
+    tasks = []
+    seen: set[Path] = set()
+    for name, (checkpoint, folder) in makers.items():
+        left = missing(folder, pairs) if folder not in seen else []
+        seen.add(folder)
+        for first in range(0, len(left), config.batch_size):
+            batch = tuple(left[first : first + config.batch_size])
+            tasks.append(SampleTask(name, checkpoint, batch, folder, texts, config, weights))
+    return tasks
 
 
-def embed_prompts(checkpoint: Path, prompts: Sequence[str], folder: Path) -> None:
+def embed_prompts(checkpoint: Path, prompts: Sequence[str], texts: Path) -> None:
     """Leave the embeddings for the tasks: the text encoder can be larger than all else, and is loaded once."""
     from opensora.generate import Pipeline
 
-    Pipeline.load(checkpoint, folder / "parts" / "text").embed(prompts)
+    Pipeline.load(checkpoint, texts).embed(prompts)
 
 
-def read_rows(tasks: Sequence[SampleTask]) -> list[Row]:
-    """Rows of finished tasks, in the prompts' order."""
-    return [row for task in tasks for row in json.loads(task.result.read_text())]
+def missing(folder: Path, pairs: Iterable[Pair]) -> list[Pair]:
+    """Those whose clip or row is not kept, each once."""
+    return [pair for pair in dict.fromkeys(pairs) if _read_row(folder, pair) is None]
+
+
+def read_rows(folder: Path, pairs: Iterable[Pair]) -> list[Row]:
+    """Rows of kept clips, in the prompts' order; raises FileNotFoundError for one that is not kept."""
+    rows = []
+    for pair in pairs:
+        row = _read_row(folder, pair)
+        if row is None:
+            raise FileNotFoundError(f"{folder} holds no clip of {pair[0]!r} with seed {pair[1]}; start again")
+        rows.append(row)
+    return rows
+
+
+def _row_file(folder: Path, pair: Pair) -> Path:
+    return folder / f"{fingerprint(*pair)[:20]}.json"
+
+
+def _read_row(folder: Path, pair: Pair) -> Row | None:
+    """None where the row is missing or damaged, or its clip is gone."""
+    try:
+        row = json.loads(_row_file(folder, pair).read_text())
+        return row if (folder / row["file"]).is_file() else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def describe_sample(suite: Suite, prompt: str, frames: np.ndarray) -> Row:

@@ -2,16 +2,17 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from opensora.demo.shapes import held_out_scenes, parse_caption
 from opensora.evaluation.sampling import Row
-from opensora.metrics.suite import Suite
+from opensora.metrics.suite import Distance, Suite
 
 PARTS = ("colour", "shape", "direction")
 DISTANCES = ("fd_", "fvd_", "fid_")
-MOTION = ("dynamic_degree", "flow_degree", "vbench_dynamic_degree")
+MOTION = ("dynamic_degree", "flow_degree", "vbench_dynamic_degree", "dynamic_degree_farneback")
 # What a prompt is judged by first, where it is measured.
 PRIMARY = ("prompt_following", "clip_score", "motion_smoothness")
 
@@ -27,6 +28,7 @@ class Measured:
         height: of the clips, pixels.
         real_clips: how many the distances were measured to.
         seen: what the detector saw; empty where nobody kept it.
+        distances: what each Fréchet distance is of; see `about`.
     """
 
     files: list[str]
@@ -35,6 +37,7 @@ class Measured:
     height: int
     real_clips: int = 0
     seen: list[dict[str, str | None] | None] = field(default_factory=list)
+    distances: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def better(name: str) -> int:
@@ -92,6 +95,15 @@ def measure(
         if values:
             metrics[part] = float(np.mean(values))
     return metrics
+
+
+def about(distances: Mapping[str, Distance]) -> dict[str, dict[str, Any]]:
+    """By metric, what each distance that was taken is of; two compare only where all of this is equal."""
+    return {
+        name: {"extractor": one.extractor, "sha256": one.sha256, "n": one.n, "reference_n": one.reference_n}
+        for name, one in distances.items()
+        if one.value is not None
+    }
 
 
 def headline(metrics: Mapping[str, object], first: str, last: str) -> dict[str, object]:

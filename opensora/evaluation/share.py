@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar, cast
 
 from opensora.data.workers import run_tasks
 from opensora.progress import track
-from opensora.step import StepError
+from opensora.step import UNWRITABLE, StepError
 
 Value = TypeVar("Value")
 TIMEOUT_S = 24 * 3600.0
@@ -38,10 +38,13 @@ def share(tasks: Sequence[Task], processes: int, may_fail: str = "") -> str:
 
     Raises:
         StepError: another task failed.
+        OSError: nothing can be written any more, which is no fault of what was at work.
     """
     left = [task for task in tasks if not task.result.is_file()]
     failure = ""
     for outcome in track(run_tasks(_do, left, processes, TIMEOUT_S), len(left), "evaluating (batches)"):
+        if outcome.error_number in UNWRITABLE:
+            raise OSError(outcome.error_number, outcome.failure)
         if outcome.failure:
             name = left[outcome.index].name
             if name != may_fail:

@@ -36,11 +36,6 @@ class Extractor:
     min_frames: int  # of a clip; shorter ones have no features
     call: Callable[[np.ndarray], np.ndarray]  # uint8 [T, H, W, 3] to [P, D]
 
-    @property
-    def identity(self) -> str:
-        """Name and weights: features of two identities do not compare."""
-        return f"{self.name} {self.sha256}"
-
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """Features float64 [P, D] of one clip uint8 [T, H, W, 3]; raises ValueError for another shape or type."""
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or len(frames) < self.min_frames:

@@ -19,7 +19,7 @@ from opensora.metrics.features import (
 from opensora.metrics.frechet import Statistics, frechet_distance
 from opensora.metrics.motion import dynamic_degree, flicker, flow_degree, motion_smoothness
 
-Reference = Mapping[str, np.ndarray | Statistics]
+Reference = Mapping[str, np.ndarray]  # features [M, P·D] of real clips by extractor
 MOTION = {
     "flicker": flicker,
     "dynamic_degree": dynamic_degree,
@@ -117,7 +117,7 @@ class Suite:
 
         Args:
             rows: of `clip`; whatever else is in them is passed over.
-            reference: features [M, P·D] of real clips by extractor, or their statistics; None: no distances.
+            reference: None: no distances.
         """
         values = {name: [row[name] for row in rows if row.get(name) is not None] for name in (*MOTION, *BY_CLIP)}
         means = {name: float(np.mean(found)) for name, found in values.items() if found}
@@ -127,10 +127,6 @@ class Suite:
     def distances(self, rows: Sequence[Mapping[str, Any]], reference: Reference | None) -> dict[str, Distance]:
         """By metric: each Fréchet distance with what it is of, or why it is absent."""
         return {extractor.metric: _distance(extractor, rows, reference) for extractor in self.extractors.values()}
-
-    def statistics(self, name: str, features: np.ndarray, data: str = "") -> Statistics:
-        """Statistics of features [M, P·D] by the extractor `name`, to be kept for real clips of hash `data`."""
-        return _statistics(self.extractors[name], [features], data)
 
 
 def _load_frames(path: Path, device: str) -> Extractor:
@@ -148,14 +144,13 @@ def _distance(extractor: Extractor, rows: Sequence[Mapping[str, Any]], reference
         return replace(about, absent=short)
     try:
         first = _statistics(extractor, made)
-        second = real if isinstance(real, Statistics) else _statistics(extractor, [real])
+        second = _statistics(extractor, [real])
         value = frechet_distance(first, second)
-    except ValueError as error:  # features that are not finite, too few of them, or of other weights
+    except ValueError as error:  # features that are not finite, or too few of them
         return replace(about, absent=str(error))
     return replace(about, value=value, n=first.count, reference_n=second.count)
 
 
-def _statistics(extractor: Extractor, features: Sequence[Sequence[float] | np.ndarray], data: str = "") -> Statistics:
+def _statistics(extractor: Extractor, features: Sequence[Sequence[float] | np.ndarray]) -> Statistics:
     """Of features whose positions come one after another."""
-    batches = (np.asarray(part, np.float64).reshape(-1, extractor.width) for part in features)
-    return Statistics.from_batches(batches, extractor.identity, data)
+    return Statistics.from_batches(np.asarray(part, np.float64).reshape(-1, extractor.width) for part in features)

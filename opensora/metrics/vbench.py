@@ -3,7 +3,8 @@
 The sixteen dimensions themselves are measured by the package `vbench` in an environment of its own (`vbench_runner`).
 What is measured here without it bears VBench's name only where it is VBench's number:
 
-- `temporal_flickering` is: the same formula over the same pixels, read by the same decoder.
+- `temporal_flickering` is: the same formula over the same pixels, read by the same decoder. With `_still` it is of the
+  videos that VBench's protocol would keep, by its rule with another optical flow.
 - `dynamic_degree_farneback` has VBench's rule, by another optical flow; `motion_smoothness_linear` has the mean of the
   neighbours where VBench has frames interpolated by a network. Neither enters the total.
 """
@@ -11,7 +12,7 @@ What is measured here without it bears VBench's name only where it is VBench's n
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,14 @@ SEMANTIC = {
 }
 DIMENSIONS = (*QUALITY, *SEMANTIC)
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
-MEASURES: dict[str, tuple[str, Callable[[np.ndarray, float], float]]] = {  # the dimension whose prompts are taken
+# Without weights: the dimension whose prompts are taken, and the measure of frames and frames a second, which is None
+# for a video that does not count.
+MEASURES: dict[str, tuple[str, Callable[[np.ndarray, float], float | None]]] = {
     "temporal_flickering": ("temporal_flickering", lambda frames, fps: flicker(frames)),
+    "temporal_flickering_still": (
+        "temporal_flickering",
+        lambda frames, fps: flicker(frames) if stands_still(frames) else None,
+    ),
     "dynamic_degree_farneback": ("dynamic_degree", lambda frames, fps: float(moves(frames, fps))),
     "motion_smoothness_linear": ("motion_smoothness", lambda frames, fps: motion_smoothness(frames)),
 }
@@ -56,22 +63,13 @@ class Prompt:
 
     text: str
     dimensions: tuple[str, ...]  # that it is for
-    auxiliary: Mapping[str, object] = field(default_factory=dict)  # by dimension: the objects, colours … to look for
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One measure of a folder of videos."""
-
-    score: float  # mean of the videos
-    videos: dict[str, float]  # by file name
-    missing: list[str]  # file names that the prompt set asks for and the folder lacks
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a `VBench_full_info.json`.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: no such list; the message names the entry.
     """
     try:
@@ -89,13 +87,11 @@ def read_prompts(path: Path) -> list[Prompt]:
         unknown = [name for name in dimensions if name not in DIMENSIONS]
         if unknown:
             raise ValueError(f"{path}: entry {number} is for {unknown}, expected some of {', '.join(DIMENSIONS)}")
-        prompts.append(Prompt(text, tuple(dimensions), entry.get("auxiliary_info") or {}))
+        video_name(text, 0)
+        prompts.append(Prompt(text, tuple(dimensions)))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
     return prompts
-
-
-def for_dimension(prompts: Sequence[Prompt], dimension: str) -> list[Prompt]:
-    """The prompts by which one dimension is measured."""
-    return [prompt for prompt in prompts if dimension in prompt.dimensions]
 
 
 def video_name(prompt: str, index: int) -> str:
@@ -110,33 +106,23 @@ def video_name(prompt: str, index: int) -> str:
     return name
 
 
-def measure_folder(prompts: Sequence[Prompt], folder: Path, *, still_only: bool = False) -> dict[str, Measured]:
-    """What can be measured without weights of the videos in a folder, named as VBench wants them.
+def measure_videos(prompts: Sequence[Prompt], folder: Path) -> dict[str, float]:
+    """Means of what can be measured without weights, over the videos in a folder, named as VBench wants them.
 
-    A measure without any video is absent.
-
-    Args:
-        still_only: of temporal flickering, look at the videos that stand still alone, as VBench's protocol wants it:
-            by `stands_still`, which judges with another optical flow than VBench's filter.
+    A measure that no video counts for is absent.
 
     Raises:
         ValueError: a video cannot be read.
     """
-    found = {}
-    for measure, (dimension, call) in MEASURES.items():
-        names = [video_name(prompt.text, n) for prompt in for_dimension(prompts, dimension) for n in range(SAMPLES)]
-        missing = [name for name in names if not (folder / name).is_file()]
-        videos = {}
-        for name in names:
-            if name in missing:
-                continue
-            frames, fps = read_video(folder / name)
-            if measure == "temporal_flickering" and still_only and not stands_still(frames):
-                continue
-            videos[name] = call(frames, fps)
-        if videos:
-            found[measure] = Measured(float(np.mean(list(videos.values()))), videos, missing)
-    return found
+    values: dict[str, list[float]] = {}
+    for prompt in prompts:
+        wanted = {name: call for name, (dimension, call) in MEASURES.items() if dimension in prompt.dimensions}
+        for path in (folder / video_name(prompt.text, index) for index in range(SAMPLES) if wanted):
+            frames, fps = read_video(path)
+            for name, call in wanted.items():
+                if (value := call(frames, fps)) is not None:
+                    values.setdefault(name, []).append(value)
+    return {name: float(np.mean(found)) for name, found in values.items()}
 
 
 def read_video(path: Path) -> tuple[np.ndarray, float]:

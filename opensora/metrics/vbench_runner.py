@@ -26,7 +26,16 @@ CUSTOM = (
 )
 START_S = 120.0  # in which the environment's python must answer
 NOT_SET = "evaluate.vbench is not set"
-LOOK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vbench') is None)"
+LOOK = """
+import importlib.util, sys
+from importlib.metadata import PackageNotFoundError, version
+if importlib.util.find_spec("vbench") is None:
+    sys.exit(1)
+try:
+    print(version("vbench"))
+except PackageNotFoundError:
+    print("of unknown version")
+"""
 RUN = """
 import json, sys
 task = json.load(sys.stdin)
@@ -53,19 +62,31 @@ class Outcome:
     absent: dict[str, str] = field(default_factory=dict)  # by dimension, why there is no score
 
 
+def find_version(python: str) -> str:
+    """The package's version in the environment of `python`, a path; empty if it cannot run there."""
+    return _look(python)[0]
+
+
 def why_not(python: str) -> str:
     """Why VBench cannot run by `python`, a path; empty if it can."""
+    return _look(python)[1]
+
+
+def _look(python: str) -> tuple[str, str]:
+    """Version, or the reason why there is none."""
     if not python:
-        return NOT_SET
+        return "", NOT_SET
     try:
         done = subprocess.run(
-            [python, "-I", "-c", LOOK], capture_output=True, timeout=START_S, stdin=subprocess.DEVNULL
+            [python, "-I", "-c", LOOK], capture_output=True, timeout=START_S, stdin=subprocess.DEVNULL, text=True
         )
     except OSError as error:
-        return f"evaluate.vbench: {python} cannot be run ({error.strerror})"
+        return "", f"evaluate.vbench: {python} cannot be run ({error.strerror})"
     except subprocess.TimeoutExpired:
-        return f"evaluate.vbench: {python} did not answer in {START_S:.0f} s"
-    return f"evaluate.vbench: {python} has no package vbench" if done.returncode else ""
+        return "", f"evaluate.vbench: {python} did not answer in {START_S:.0f} s"
+    if done.returncode:
+        return "", f"evaluate.vbench: {python} has no package vbench"
+    return done.stdout.strip(), ""
 
 
 def run_vbench(

@@ -4,6 +4,7 @@ import csv
 import shutil
 from pathlib import Path
 
+import pytest
 import yaml
 
 from opensora.config import TRAIN_STEPS
@@ -12,6 +13,7 @@ from opensora.evaluation.scores import Measured
 from opensora.step import write_json
 from tests.conftest import ROOT
 from tests.end_to_end.command import run
+from tests.small_disk import small_disk
 
 
 def stages(shift: float) -> dict[str, Measured]:
@@ -39,6 +41,16 @@ def test_tables(tmp_path: Path) -> None:
         ["a, b", "prompt_following", "1.0"],
         *[["c", "prompt_following", "0.0"]],
     ]
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "16k") as small:
+        (small / "ballast").write_bytes(b"x" * shutil.disk_usage(small).free)
+        with pytest.raises(OSError, match="No space left"):
+            write_plots(small / "plots", ["p", "q"], stages(0), {"train_image": [(1, 2.0)]})
+        (small / "ballast").unlink()
+        write_plots(small / "plots", ["p", "q"], stages(0), {})
+        assert (small / "plots" / "prompts.csv").read_text().count("\n") == 3
 
 
 def test_dvc_draws_them_and_compares_two_revisions(tmp_path: Path) -> None:

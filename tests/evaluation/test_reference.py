@@ -1,5 +1,7 @@
 """Real clips: drawn by a fixed seed, measured once, and named by what they are."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from opensora.evaluation.reference import (
     rendered_reference,
 )
 from opensora.evaluation.sampling import load_suite
+from tests.small_disk import small_disk
 
 SHAPE = Shape(4, 32, 32, 2)
 
@@ -47,7 +50,16 @@ def test_features_are_those_of_the_clips_and_are_made_once(clips: Path, tmp_path
     assert features["randconv"].shape == (6, 64)
     assert not reference_tasks([reference], cache, tmp_path, {})
 
+    with small_disk(tmp_path / "small", "8k") as small:  # nothing is left where they do not fit
+        (small / "ballast").write_bytes(b"x" * (shutil.disk_usage(small).free))
+        with pytest.raises(OSError, match="No space left"):
+            keep_features(tasks, small)
+        assert list(small.rglob("*.*")) == []
+
     kept = reference.file(cache)
+    os.utime(kept, (1, 1))
+    assert load_features(reference, cache) is not None
+    assert kept.stat().st_mtime > 1  # it is in use, and the last to be removed
     kept.write_bytes(kept.read_bytes()[:200])  # a damaged file is made again
     assert load_features(reference, cache) is None
     assert reference_tasks([reference], cache, tmp_path, {})

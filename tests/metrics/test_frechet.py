@@ -1,6 +1,4 @@
-"""The Fréchet distance against closed forms and the matrix root, and statistics that are kept in files."""
-
-from pathlib import Path
+"""The Fréchet distance against closed forms and the matrix root, and statistics that are added up batch by batch."""
 
 import numpy as np
 import pytest
@@ -28,8 +26,6 @@ def by_matrix_root(x: np.ndarray, y: np.ndarray) -> float:
 def test_one_dimension() -> None:
     x = whitened(500, 1)
     assert frechet_distance(x, 4 * x + 3) == pytest.approx(9 + 9)  # (μ1 − μ2)² + (σ1 − σ2)²
-    standard = Statistics.from_moments(np.zeros(1), np.eye(1), 100)
-    assert frechet_distance(standard, Statistics.from_moments(np.full(1, 3.0), np.full((1, 1), 4.0), 100)) == 10
 
 
 def test_commuting_covariances() -> None:
@@ -79,8 +75,6 @@ def test_batches_equal_the_whole(count: int) -> None:
     np.testing.assert_allclose(parts.covariance, np.cov(x, rowvar=False), atol=1e-10)
     assert parts.root.shape == (min(count, 16), 16)
     assert frechet_distance(parts, y) == pytest.approx(frechet_distance(whole, y), rel=1e-10)
-    moments = Statistics.from_moments(whole.mean, whole.covariance, count)
-    assert frechet_distance(moments, y) == pytest.approx(frechet_distance(x, y), abs=1e-5)
 
 
 def test_more_samples_than_channels_are_not_kept() -> None:
@@ -97,40 +91,6 @@ def test_more_samples_than_channels_are_not_kept() -> None:
     assert peak < 50_000 * 8 * 8 / 4
 
 
-def test_a_file_keeps_every_bit(tmp_path: Path) -> None:
-    saved = Statistics.from_features(RNG.normal(size=(30, 5)), "videomae", "abc")
-    path = tmp_path / "reference.npz"
-    saved.save(path)
-    found = Statistics.load(path, extractor="videomae", data="abc")
-    assert (found.count, found.extractor, found.data) == (30, "videomae", "abc")
-    np.testing.assert_array_equal(found.mean, saved.mean)
-    np.testing.assert_array_equal(found.root, saved.root)
-    assert [part.name for part in tmp_path.iterdir()] == ["reference.npz"]
-    with pytest.raises(ValueError, match="of extractor 'videomae', expected 'i3d'"):
-        Statistics.load(path, extractor="i3d")
-    with pytest.raises(ValueError, match="of data 'abc', expected 'abd'"):
-        Statistics.load(path, data="abd")
-    with pytest.raises(FileNotFoundError):
-        Statistics.load(tmp_path / "absent.npz")
-
-
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "reference.npz"
-    Statistics.from_features(RNG.normal(size=(30, 5))).save(path)
-    whole = path.read_bytes()
-    for damage in (whole[: len(whole) // 2], b"", whole[:300] + b"\xff" * 40 + whole[340:], b"not an archive"):
-        path.write_bytes(damage)
-        with pytest.raises(ValueError, match="delete it"):
-            Statistics.load(path)
-    pickled = {"count": 3, "mean": np.array([print], object), "root": np.zeros((1, 1)), "extractor": "", "data": ""}
-    np.savez(path, format=1, **pickled)
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        Statistics.load(path)
-    np.savez(path, **pickled | {"format": 2, "mean": np.zeros(1)})
-    with pytest.raises(ValueError, match=r"another version \(format 2, expected 1\)"):
-        Statistics.load(path)
-
-
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -139,11 +99,6 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         (np.zeros((0, 2)), np.zeros((4, 2)), "got N 0"),
         (np.zeros(4), np.zeros((4, 2)), r"must be \[N, D\] of one D, got \[4\]"),
         (np.array([[0, 1], [np.nan, 1], [2, np.inf]]), np.zeros((4, 2)), "2 of 3 samples .* not finite"),
-        (
-            Statistics.from_features(np.eye(3), "i3d"),
-            Statistics.from_features(np.eye(3), "videomae"),
-            "of 'i3d' and of 'videomae' do not compare",
-        ),
     ],
 )
 def test_what_cannot_be_compared(first: np.ndarray, second: np.ndarray, message: str) -> None:
@@ -151,14 +106,6 @@ def test_what_cannot_be_compared(first: np.ndarray, second: np.ndarray, message:
         frechet_distance(first, second)
 
 
-def test_moments_that_are_none() -> None:
-    for covariance, message in (
-        (np.array([[1.0, 5.0], [5.0, 1.0]]), "negative eigenvalue -4"),
-        (np.array([[1.0, 0.5], [0.0, 1.0]]), "not symmetric"),
-        (np.array([[np.nan, 0.5], [0.5, 1.0]]), "not finite"),
-        (np.eye(3), r"covariance \[D, D\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Statistics.from_moments(np.zeros(2), covariance, 10)
+def test_batches_of_two_widths() -> None:
     with pytest.raises(ValueError, match=r"got \[3, 2\]"):
         Statistics.from_batches([np.zeros((3, 4)), np.zeros((3, 2))])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opensora.metrics.features import randconv_features
-from opensora.metrics.frechet import Statistics, frechet_distance
+from opensora.metrics.frechet import frechet_distance
 from opensora.metrics.suite import Suite
 from opensora.weights import WeightsError
 from tests.data.tiny_clip import build_clip
@@ -70,20 +70,6 @@ def test_with_weights(suite: Suite) -> None:
     assert len({part.sha256 for part in about.values()}) == 3
     assert suite.summary(rows, None).keys() == found.keys() - about.keys()
     assert {part.absent for part in suite.distances(rows, None).values()} == {"there are no reference clips"}
-
-
-def test_reference_statistics_may_be_kept(suite: Suite, tmp_path: Path) -> None:
-    rows, reference = rows_of(suite, MADE), reference_of(suite, REAL)
-    kept = {}
-    for name, features in reference.items():
-        suite.statistics(name, features, "of these clips").save(tmp_path / f"{name}.npz")
-        identity = suite.extractors[name].identity
-        kept[name] = Statistics.load(tmp_path / f"{name}.npz", identity, "of these clips")
-    assert suite.summary(rows, kept) == suite.summary(rows, reference)
-    other = Statistics(**vars(kept["videomae"]) | {"extractor": "videomae of other weights"})
-    found = suite.distances(rows, kept | {"videomae": other})["fvd_videomae"]
-    assert found.value is None
-    assert "do not compare" in found.absent
 
 
 def test_pictures_have_no_motion(suite: Suite) -> None:

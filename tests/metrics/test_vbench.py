@@ -11,10 +11,10 @@ from opensora.metrics.motion import flicker
 from opensora.metrics.vbench import (
     DIMENSIONS,
     QUALITY,
+    SAMPLES,
     SEMANTIC,
     final_scores,
-    for_dimension,
-    measure_folder,
+    measure_videos,
     read_prompts,
     read_video,
     video_name,
@@ -69,9 +69,7 @@ def sliding(step: int) -> np.ndarray:
 def test_prompts_by_dimension(full_info: Path) -> None:
     prompts = read_prompts(full_info)
     assert [prompt.text for prompt in prompts] == [entry["prompt_en"] for entry in PROMPTS]
-    assert prompts[1].auxiliary == {"multiple_objects": {"object": "bird and cat"}}
-    assert for_dimension(prompts, "dynamic_degree") == [prompts[2]]
-    assert for_dimension(prompts, "scene") == []
+    assert prompts[2].dimensions == ("dynamic_degree", "motion_smoothness")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +78,8 @@ def test_prompts_by_dimension(full_info: Path) -> None:
         ("{", "is no JSON"),
         ('{"prompt_en": "a"}', "holds a dict, expected a list"),
         ('["a"]', "entry 0 lacks"),
+        ("[]", "holds no prompt"),
+        ('[{"prompt_en": "a/b", "dimension": ["scene"]}]', "no file can be named"),
         ('[{"prompt_en": "a", "dimension": ["scene"]}, {"prompt_en": "a"}]', "entry 1 lacks"),
         ('[{"prompt_en": "a", "dimension": ["colour"]}]', r"entry 0 is for \['colour'\]"),
     ],
@@ -97,39 +97,33 @@ def test_names_of_videos() -> None:
             video_name(prompt, 0)
 
 
-def test_measures_of_a_folder(full_info: Path, tmp_path: Path) -> None:
+def test_measures_without_weights(full_info: Path, tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     folder.mkdir()
     prompts = read_prompts(full_info)
-    still, moving = (video_name(prompts[index].text, 0).removesuffix("0.mp4") for index in (0, 2))
+    still, other, moving = ([video_name(prompt.text, index) for index in range(SAMPLES)] for prompt in prompts)
     frozen = np.repeat(sliding(0)[:1], 8, axis=0)
     noisy = np.clip(frozen + RNG.integers(-20, 20, frozen.shape), 0, 255).astype(np.uint8)
-    for name, frames in (
-        (f"{still}0.mp4", frozen),
-        (f"{still}1.mp4", noisy),
-        (f"{still}2.mp4", sliding(4)),
-        (f"{moving}0.mp4", sliding(4)),
-        (f"{moving}3.mp4", frozen),
-    ):
+    for name, frames in zip(still, (frozen, noisy, sliding(4), frozen, frozen), strict=True):
         write(folder, name, frames)
-    found = measure_folder(prompts, folder)
-    assert set(found) == {"temporal_flickering", "dynamic_degree_farneback", "motion_smoothness_linear"}
-    flickering = found["temporal_flickering"]
-    assert flickering.missing == [f"{still}3.mp4", f"{still}4.mp4"]
-    assert flickering.videos == {
-        f"{still}{index}.mp4": flicker(read_video(folder / f"{still}{index}.mp4")[0]) for index in range(3)
+    for name, frames in zip(moving, (sliding(4), frozen, frozen, sliding(4), frozen), strict=True):
+        write(folder, name, frames)
+    found = measure_videos(prompts, folder)  # no dimension of `other` is measured, and its videos are not looked for
+    assert not any((folder / name).exists() for name in other)
+    assert set(found) == {
+        "temporal_flickering",
+        "temporal_flickering_still",
+        "dynamic_degree_farneback",
+        "motion_smoothness_linear",
     }
-    assert flickering.score == pytest.approx(np.mean(list(flickering.videos.values())))
-    assert flickering.videos[f"{still}0.mp4"] > flickering.videos[f"{still}1.mp4"]
-    assert found["dynamic_degree_farneback"].videos == {f"{moving}0.mp4": 1.0, f"{moving}3.mp4": 0.0}
-    assert found["dynamic_degree_farneback"].score == 0.5
-    kept = measure_folder(prompts, folder, still_only=True)["temporal_flickering"].videos
-    assert f"{still}0.mp4" in kept
-    assert f"{still}2.mp4" not in kept
-    assert measure_folder(prompts, tmp_path) == {}
-    (folder / f"{moving}1.mp4").write_bytes(b"no video")
+    values = [flicker(read_video(folder / name)[0]) for name in still]
+    assert found["temporal_flickering"] == pytest.approx(np.mean(values))
+    assert found["temporal_flickering_still"] > found["temporal_flickering"]  # the sliding one is left out
+    assert found["dynamic_degree_farneback"] == pytest.approx(0.4)
+    assert measure_videos(prompts[1:2], folder) == {}
+    (folder / moving[1]).write_bytes(b"no video")
     with pytest.raises(ValueError, match="is no video that OpenCV can read"):
-        measure_folder(prompts, folder)
+        measure_videos(prompts, folder)
 
 
 def test_the_formula_of_temporal_flickering(tmp_path: Path) -> None:

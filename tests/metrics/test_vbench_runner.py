@@ -4,18 +4,13 @@ import json
 import os
 import sys
 import time
-import venv
 from pathlib import Path
 
 import pytest
 
-from opensora.metrics.vbench_runner import NOT_SET, read_score, run_vbench, why_not
+from opensora.metrics.vbench_runner import NOT_SET, find_version, read_score, run_vbench, why_not
+from tests.metrics.vbench_environment import build_environment
 
-TORCH = """
-device = str
-class cuda:
-    is_available = staticmethod(lambda: False)
-"""
 # Its evaluate does what each dimension's name is taken for below.
 VBENCH = """
 import json, os, subprocess, sys, time
@@ -47,13 +42,7 @@ class VBench:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The python of an environment of its own."""
-    folder = tmp_path_factory.mktemp("vbench-environment")
-    venv.create(folder, with_pip=False, symlinks=True)
-    packages = next(folder.glob("lib/python*/site-packages"))
-    (packages / "vbench").mkdir()
-    (packages / "vbench" / "__init__.py").write_text(VBENCH)
-    (packages / "torch.py").write_text(TORCH)
-    return str(folder / "bin" / "python")
+    return build_environment(tmp_path_factory.mktemp("vbench-environment"), VBENCH, "0.1.5")
 
 
 @pytest.fixture
@@ -73,6 +62,7 @@ def is_gone(pid: int) -> bool:
 
 def test_where_it_cannot_run(environment: str, tmp_path: Path, videos: Path) -> None:
     assert why_not(environment) == ""
+    assert (find_version(environment), find_version(sys.executable), find_version("")) == ("0.1.5", "", "")
     assert why_not("") == NOT_SET
     assert "cannot be run" in why_not(str(tmp_path / "absent"))
     outcome = run_vbench(sys.executable, videos, tmp_path / "out", ["scene"])
