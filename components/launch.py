@@ -1,7 +1,6 @@
 """Launch a training stage: as a TrainJob where there is a cluster, else in processes on this machine."""
 
 import hashlib
-import math
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from opensora.step import Report
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-POLL_S, STUCK_S = 10.0, 300.0  # between two looks at a job; a container may wait so long for what does not come
+POLL_S, STUCK_S = 10.0, 600.0  # between two looks at a job; pods may wait so long for what does not come
 POD = ("POD_NAME", "POD_UID")  # environment: the launcher's own, which the pipeline sets from its fields
 
 
@@ -29,7 +28,7 @@ class Launch:
     image: str  # of the training pods; empty trains on this machine
     tracking_uri: str
     budget_dollars: float  # of the stage, as `opensora plan` counts it; 0: no limit
-    run_id: str  # of the pipeline's run: a retry finds the TrainJob of the try before by it
+    run_id: str  # of the pipeline's run: by it a retry and `opensora pipeline cancel` find the TrainJob
 
 
 def launch(stage: str, inputs: Sequence[Any], job: Job, how: Launch, checkpoint: Any, metrics: Any) -> None:
@@ -44,9 +43,9 @@ def launch(stage: str, inputs: Sequence[Any], job: Job, how: Launch, checkpoint:
         if finished_stage(config, stage, job):
             print(f"{stage} is finished with these values: nothing to train")
         else:
-            check_budget(config, stage, how.budget_dollars)
+            paid_s = check_budget(config, stage, how.budget_dollars)
             if how.image and "KUBERNETES_SERVICE_HOST" in os.environ:
-                _on_cluster(config, stage, job, how)
+                _on_cluster(config, stage, job, how, paid_s)
             else:
                 _on_this_machine(config, stage, job)
         report = describe(checkpoint, stage, job, read_report(job.folder(stage)))
@@ -63,10 +62,14 @@ def finished_stage(config: "Config", stage: str, job: Job) -> "Report | None":
     return finished(config, stage, source, base / before if before else None, base / stage)
 
 
-def check_budget(config: "Config", stage: str, dollars: float) -> None:
-    """Raise ConfigError if the stage is planned to cost more, or if nobody can tell what it costs."""
+def check_budget(config: "Config", stage: str, dollars: float) -> int | None:
+    """Seconds that the budget pays for; None without one.
+
+    Raises:
+        ConfigError: the stage is planned to cost more, or nobody can tell what it costs.
+    """
     if not dollars:
-        return
+        return None
     from opensora.config import ConfigError
     from opensora.gpus import known_gpu
     from opensora.plan import plan_stage
@@ -75,12 +78,15 @@ def check_budget(config: "Config", stage: str, dollars: float) -> None:
         raise ConfigError(
             "a budget needs hardware.gpu, the kind of GPU, to tell what a stage costs; or budget_dollars=0"
         )
-    cost = plan_stage(config, stage, known_gpu(config.hardware.gpu)).dollars
+    gpu = known_gpu(config.hardware.gpu)
+    cost = plan_stage(config, stage, gpu).dollars
     if cost is not None and cost > dollars:
         raise ConfigError(
             f"{stage} of profile {config.profile} is planned to cost ${cost:,.0f}, more than the budget of "
             f"${dollars:,.0f}; raise the budget, or lower the stage's steps (`opensora plan` shows what costs)"
         )
+    an_hour = getattr(config, stage).processes * (config.hardware.dollars_per_gpu_hour or gpu.dollars_per_hour)
+    return max(1, int(dollars / an_hour * 3600))
 
 
 def arguments(stage: str, job: Job) -> list[str]:
@@ -89,8 +95,9 @@ def arguments(stage: str, job: Job) -> list[str]:
     return [stage, "--profile", job.profile, "--workdir", job.workdir, *changes]
 
 
-def _on_cluster(config: "Config", stage: str, job: Job, how: Launch) -> None:
-    from components.trainjob import Cluster, JobError, TrainJob, run
+def _on_cluster(config: "Config", stage: str, job: Job, how: Launch, paid_s: int | None) -> None:
+    from components.cluster import Cluster, JobError
+    from components.trainjob import TrainJob, run
 
     train = getattr(config, stage)
     gpus = min(train.processes, config.hardware.gpus_per_node)
@@ -102,21 +109,24 @@ def _on_cluster(config: "Config", stage: str, job: Job, how: Launch) -> None:
         stage=stage,
         image=how.image,
         args=tuple(arguments(stage, job)),
-        nodes=math.ceil(train.processes / gpus),
+        nodes=train.processes // gpus,  # the configuration has whole nodes only
         gpus_per_node=gpus,
         env=tracking(how.tracking_uri, job) | {"OPENSORA_IMAGE": how.image},
+        run_id=how.run_id,
+        deadline_s=paid_s,
         owner=owner,
     )
     before = signal.signal(signal.SIGTERM, _stop)  # a cancelled run: the job is deleted on the way out
     try:
         run(wanted, Cluster(wanted.namespace, say=lambda line: print(line, flush=True)), POLL_S, STUCK_S)
     except JobError as error:
-        fail(str(error))
+        fail(str(error), error.exit_code)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _stop(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut off the deletion
     sys.exit(128 + number)
 
 

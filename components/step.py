@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -175,8 +175,9 @@ def check(artifact: Any) -> dict[str, Any]:
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """End the component; the reason is the last line of its log."""
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads the log any more
+        sys.stdout.flush()
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

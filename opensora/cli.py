@@ -189,7 +189,7 @@ def generate(
         raise ConfigError("no prompt; give --prompt TEXT or --prompts-file FILE, as prompts/scenes.txt")
     folder = Path(checkpoint)
     if checkpoint.startswith("models:/"):
-        from opensora.tracking.registry import model_version_path
+        from opensora.tracking.version_files import model_version_path
 
         folder = model_version_path(checkpoint, workdir)
     described = describe_checkpoint(folder)

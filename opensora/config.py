@@ -405,7 +405,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> "Config":
-        sizes = set(self.encode.sizes)
+        sizes, a_node = set(self.encode.sizes), self.hardware.gpus_per_node
         for name in TRAIN_STEPS:
             stage: TrainConfig = getattr(self, name)
             shapes: tuple[TrainConfig | BucketConfig, ...] = (stage, *stage.buckets)
@@ -426,6 +426,12 @@ class Config(Section):
                 raise ValueError(f"{name}.objective is iddpm, which needs model.pred_sigma: true")
             if stage.processes % stage.sequence_parallel:
                 raise ValueError(f"{name}.processes must be a multiple of {name}.sequence_parallel")
+            if stage.processes > a_node and stage.processes % a_node:
+                fewer = stage.processes // a_node * a_node
+                raise ValueError(
+                    f"{name}.processes is {stage.processes}, which fills no whole number of nodes of "
+                    f"hardware.gpus_per_node {a_node} GPUs; take {fewer} or {fewer + a_node}"
+                )
         if self.split.detector == "transnetv2" and not self.split.transnetv2_file:
             raise ValueError(
                 "split.detector is transnetv2, which needs split.transnetv2_file, a file below weights_dir"

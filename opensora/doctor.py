@@ -290,7 +290,7 @@ def _rights(authorization: Any, namespace: str) -> Iterator[Finding]:
         review = {"spec": {"resourceAttributes": attributes}}
         answer = authorization.create_self_subject_access_review(review, _request_timeout=TIMEOUT_S)
         missing += [] if answer.status.allowed else [verb]
-    advice = "apply k8s/base/service-accounts.yaml and run steps under the account pipeline-runner"
+    advice = "apply k8s/base/service-accounts.yaml and run steps under the account default-editor"
     seen = f"may not {', '.join(missing)}" if missing else ", ".join(VERBS)
     yield Finding("rights on trainjobs", "failure" if missing else "ok", seen, advice if missing else "")
 

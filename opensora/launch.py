@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_args([*arguments])
     options.training_script_args = [options.training_script, *options.training_script_args]
     options.module, options.training_script = True, "opensora.cli"
-    with TemporaryDirectory(prefix=LOGS) as logs:
+    with TemporaryDirectory(prefix=LOGS, ignore_cleanup_errors=True) as logs:
         options.log_dir = options.log_dir or logs
         return exit_code(lambda: run(options))
 
@@ -38,7 +38,7 @@ def launch_here(processes: int, module: str, *arguments: str) -> int:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    with TemporaryDirectory(prefix=LOGS) as logs:
+    with TemporaryDirectory(prefix=LOGS, ignore_cleanup_errors=True) as logs:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

@@ -1,5 +1,6 @@
 """Child processes that get the time to stop well when their parent is told to stop."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -49,7 +50,8 @@ def run_child(command: Sequence[str]) -> int:
 
 def end_with_parent() -> None:
     """End this process when the one that started it is gone: nobody would read what it does."""
-    parent = os.getppid()
+    known = multiprocessing.parent_process()  # by now it may be gone
+    parent = (known.pid if known else None) or os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -6,16 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from opensora.config import PromoteConfig
-from opensora.evaluation.records import BESIDE, hash_evaluation
-from opensora.promotion.evidence import (
-    EVALUATION_FILES,
-    EVALUATION_URI,
-    METRICS_TAG,
-    find_candidate,
-    read_candidate,
-    read_champion,
-    why_rolled_back,
-)
+from opensora.evaluation.files import BESIDE, hash_evaluation
+from opensora.promotion.evidence import find_candidate, read_candidate, read_champion, why_rolled_back
 from opensora.promotion.gate import Candidate, Champion, judge
 from opensora.promotion.keep import keep
 from opensora.promotion.report import describe
@@ -24,8 +16,12 @@ from opensora.tracking.promotion_lock import folder_lock, registry_lock
 from opensora.tracking.registry import (
     CHAMPION,
     CHECKPOINT_URI,
+    EVALUATION_FILES,
+    EVALUATION_URI,
+    METRICS_TAG,
     PREVIOUS,
     ChampionMoved,
+    RegistryError,
     adopt,
     champion,
     check_champion,
@@ -34,13 +30,18 @@ from opensora.tracking.registry import (
     version_of,
 )
 from opensora.tracking.tracker import Tracker
+from opensora.tracking.version_files import register_folder, version_place
 
 TRIES = 3  # judgements, where somebody else moves the alias meanwhile
 
 
 @dataclass(frozen=True)
 class Case:
-    """A candidate before the gate."""
+    """A candidate before the gate.
+
+    Attributes:
+        judged: hash of the evaluation that it is judged by.
+    """
 
     config: PromoteConfig
     profile: str
@@ -49,6 +50,7 @@ class Case:
     evaluate: Path
     root: Path
     candidate: Candidate
+    judged: str
 
     @property
     def model(self) -> str:
@@ -59,8 +61,9 @@ class Case:
 def run(config: PromoteConfig, profile: str, evaluate: Path, train: Path, root: Path, output: Path) -> Report:
     """Judge the newest checkpoint of `train` by what `evaluate` measured; register and promote it if it passes.
 
-    Leaves gate.json and gate.md in `output`. A refusal is a result, not an error. A promotion that was cut off is
-    finished by the next one: a version is registered once, and the alias moves last.
+    Leaves gate.json and gate.md in `output`. A refusal is a result, not an error; it stands as long as every check
+    ends as it did. A promotion that was cut off is finished by the next one: a version is registered once, and the
+    alias moves last.
 
     Args:
         evaluate, train: folders of the evaluation and of the last stage.
@@ -98,8 +101,9 @@ def preview(config: PromoteConfig, profile: str, evaluate: Path, train: Path, ro
 def open_case(config: PromoteConfig, profile: str, evaluate: Path, train: Path, root: Path) -> Case:
     """Gather what the gate judges of the candidate; raises StepError, CheckpointError or RegistryError."""
     checkpoint, info = find_candidate(train)
+    judged = hash_evaluation(evaluate)  # before it is read: what is kept later must be what is read now
     candidate = read_candidate(checkpoint, info, evaluate, profile)
-    return Case(config, profile, checkpoint, info["stage"], evaluate, root, candidate)
+    return Case(config, profile, checkpoint, info["stage"], evaluate, root, candidate, judged)
 
 
 def decide(case: Case) -> tuple[dict, Champion | None]:
@@ -134,10 +138,14 @@ def _key(case: Case) -> str:
 
 
 def _still_stands(output: Path, case: Case) -> bool:
-    """Whether the alias is where the finished step left it."""
+    """Whether the alias is where a finished promotion left it; of a refusal, whether all checks would end the same."""
     verdict = json.loads((output / "gate.json").read_text())
-    now = champion(case.root, case.model)
-    return (now.version if now else None) == (verdict["version"] or verdict["champion"])
+    if verdict["version"]:
+        now = champion(case.root, case.model)
+        return now is not None and now.version == verdict["version"]
+    again, _ = decide(case)
+    names = ("verdict", "champion", "checks")
+    return [json.loads(json.dumps(again[name])) for name in names] == [verdict[name] for name in names]
 
 
 def _promote(case: Case, lock: str) -> dict:
@@ -157,28 +165,30 @@ def _promote(case: Case, lock: str) -> dict:
 def _make_champion(case: Case, before: Champion | None, lock: str) -> str:
     """Keep the files, register the version, move the alias: each once, however often it is tried.
 
+    The registry's lock is taken after the upload, which may take an hour and harms nobody: until then the version has
+    no alias, and a later try adopts it.
+
     Raises:
         ChampionMoved: the candidate was not judged beside the version that carries the alias now.
     """
-    from opensora.served_model import register_served_model
-
+    root, model = case.root, case.model
     expected = before.version if before and before.has_alias else None
-    again = before is not None and before.sha256 == case.candidate.sha256 and not before.lost
-    if not again:
-        place = case.root / "registry" / case.model / case.candidate.sha256[:12]
-        served, evaluation = keep(place, case.checkpoint, case.evaluate)
-    with registry_lock(case.root, case.model, lock) as check_lock:
-        if again:
-            assert before is not None
-            version = before.version
-        else:
-            check_champion(case.root, case.model, expected)
-            tags = _version_tags(case, served, evaluation) | {PREVIOUS: before.version if before else "none"}
-            version = adopt(case.root, case.model, tags) or register_served_model(
-                case.root, case.profile, case.model, served, tags
-            )
+    if before and before.sha256 == case.candidate.sha256 and not before.lost:
+        check_champion(root, model, expected)
+        return before.version
+    place = version_place(root, model, case.candidate.sha256)
+    served, evaluation = keep(place, case.checkpoint, case.evaluate, case.judged)
+    tags = _version_tags(case, served, evaluation)
+    if version_of(root, model, case.candidate.sha256) is None:
+        check_champion(root, model, expected)  # before hours of an upload for nothing
+        register_folder(root, case.profile, model, served, tags)
+    with registry_lock(root, model, lock) as check_lock:
+        check_champion(root, model, expected)
+        version = adopt(root, model, tags | {PREVIOUS: before.version if before else "none"})
+        if version is None:
+            raise RegistryError(f"somebody deleted the candidate's version of {model}; nothing was moved, start again")
         check_lock()
-        move_champion(case.root, case.model, version, expected)
+        move_champion(root, model, version, expected)
     return version
 
 

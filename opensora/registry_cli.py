@@ -93,7 +93,8 @@ def registry(
     workdir: Workdir = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="All metrics and tags, as JSON.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read and hash every file of every version, which takes its time.")
+        bool,
+        typer.Option("--verify", help="Read and hash all files of all versions on this machine, which takes its time."),
     ] = False,
 ) -> None:
     """List the versions of a profile's model: aliases, scores, lineage, and what was taken back and why.

@@ -16,8 +16,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,8 +38,6 @@ from opensora.generate import Pipeline, Sampling, choose_sampling, describe_clip
 from opensora.generation_memory import check_resident_memory
 from opensora.models.text import TextEncoder
 from opensora.step import UNWRITABLE, sync, write_json
-from opensora.tracking.registry import asking, ensure_model, register
-from opensora.tracking.store import experiment_id, tracking_uri
 from opensora.training.checkpoint import INFO, MODELS, SAMPLED, Checkpoint, describe_checkpoint
 from opensora.weights import hash_file
 
@@ -49,7 +46,6 @@ logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells of ever
 MAX_ROWS = 8  # of a request; they are made one after the other
 MAX_STEPS = 1000
 MAX_CHARACTERS = 10_000  # of a prompt; the text encoder reads some hundred tokens of it
-TIMEOUT, UPLOAD_TIMEOUT_S = "MLFLOW_HTTP_REQUEST_TIMEOUT", 3600
 # What the code inside imports, pinned to the versions that saved it; a test compares.
 REQUIREMENTS = (
     *("av", "beautifulsoup4", "diffusers", "ftfy", "mlflow", "numpy", "opencv-python-headless", "pandas", "pillow"),
@@ -308,38 +304,6 @@ def checkpoint_of(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise ServedModelError(f"{folder} is no served model: {error}; save one with `save_served_model`") from None
     return folder / "artifacts" / contents["checkpoint"]
-
-
-def register_served_model(root: Path, profile: str, model: str, folder: Path, tags: dict[str, str]) -> str:
-    """Register the folder as the next version of `model`; returns its number.
-
-    A database is told where the folder lies. A server does not take a path of another machine's, and could not give
-    it to anybody: the files are uploaded to its store, as a logged model of the profile's experiment.
-
-    Raises:
-        RegistryError: the registry does not answer, or refuses.
-    """
-    if not tracking_uri(root).startswith(("http://", "https://")):
-        return register(root, model, folder, tags)
-    ensure_model(root, model)
-    with asking(root) as client:
-        logged = client.create_logged_model(experiment_id(client, root, profile), name=model, tags=tags)
-        with _patience():
-            client.log_model_artifacts(logged.model_id, str(folder))
-        client.finalize_logged_model(logged.model_id, "READY")
-        source = f"models:/{logged.model_id}"
-        return str(client.create_model_version(model, source, tags=tags, model_id=logged.model_id).version)
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Requests may take the time of gigabytes; our usual seconds are for metrics."""
-    usual = os.environ.get(TIMEOUT)
-    os.environ[TIMEOUT] = str(max(UPLOAD_TIMEOUT_S, int(usual or 0)))
-    try:
-        yield
-    finally:
-        os.environ.pop(TIMEOUT) if usual is None else os.environ.update({TIMEOUT: usual})
 
 
 def signature_of(folder: Path | None = None) -> str:

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -54,11 +55,16 @@ class Report:
 def write_json(path: Path, value: object) -> None:
     """Write `value` so that a reader sees the whole file or none."""
     part = path.with_name(f"{path.name}.{uuid4().hex[:8]}.part")  # others may write it at the same time
-    with part.open("w") as handle:
-        json.dump(value, handle, indent=2, sort_keys=True)
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.replace(path)
+    try:
+        with part.open("w") as handle:
+            json.dump(value, handle, indent=2, sort_keys=True)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def sync(path: Path) -> None:
@@ -155,6 +161,7 @@ class StepFolder:
         self.key = key
         self.started = time.monotonic()
         self._memory = PeakMemory()
+        weakref.finalize(self, self._memory.stop)  # also where the step fails
 
     def is_done(self) -> bool:
         """Whether the final folder already holds a finished step with the same fingerprint."""
@@ -205,7 +212,10 @@ class StepFolder:
         }
         self._memory.stop()
         write_json(self.path / REPORT, values)
+        before = self.path.with_name(f"{self.path.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
         if self.output.exists():
-            shutil.rmtree(self.output)
+            self.output.rename(before)  # removed under its name it would be half there after a kill, and look whole
         self.path.rename(self.output)
+        shutil.rmtree(before, ignore_errors=True)
         return Report(**values)

@@ -51,7 +51,9 @@ def replay(
 
     root = workdir.resolve()
     if rejected:
-        print(f"{retry_rejected(root):,} refused records are offered again")
+        advice = "a process sends it, so that what was refused waits; start this again when that ends"
+        count = retry_rejected(root, lambda state: print(f"{state.run}: {advice}"))
+        print(f"{count:,} refused records are offered again")
     refused_before = {place: look(root, place).rejected for place in find_spools(root)}
     refused = 0
 

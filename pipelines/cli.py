@@ -163,11 +163,14 @@ def status(run: Run, host: Host = HOST, namespace: Namespace = NAMESPACE) -> Non
 
 @app.command()
 def cancel(run: Run, host: Host = HOST, namespace: Namespace = NAMESPACE) -> None:
-    """End a run; its training jobs are deleted, their checkpoints stay."""
+    """End a run and delete its training jobs; their checkpoints stay.
+
+    The jobs are deleted in the cluster of your kubeconfig; without one, by what is told to type.
+    """
     from pipelines import remote
 
-    remote.cancel(host, namespace, run)
-    print(f"run {run} is being ended; the next run of the same workdir goes on from its checkpoints")
+    print(remote.cancel(host, namespace, run))
+    print("the next run of the same workdir goes on from its checkpoints")
 
 
 def main(arguments: list[str]) -> None:

@@ -4,8 +4,9 @@ import io
 import json
 import os
 import subprocess
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pipelines.compile import PipelineError
 
 ROOT = Path(__file__).resolve().parents[1]
-SERVICE_ACCOUNT = "pipeline-runner"
+SERVICE_ACCOUNT = "default-editor"  # of KFP in multi-user mode; its newer releases refuse others unless told
 HEALTH = "/apis/v2beta1/healthz"
 WHERE = (
     "give --host or KFP_HOST, as http://localhost:8888 behind `kubectl -n kubeflow port-forward svc/ml-pipeline 8888`"
@@ -136,8 +137,52 @@ def _line(run_or_task: Any) -> str:
     return f"{run_or_task.display_name}: {run_or_task.state}" + (f": {' '.join(error.split())}" if error else "")
 
 
-def cancel(host: str, namespace: str, run_id: str) -> None:
-    """End a run; its launchers delete their TrainJobs, and a job left over goes with its launcher's pod."""
+ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")  # states of a run
+
+
+def cancel(host: str, namespace: str, run_id: str, ending_s: float = 60) -> str:
+    """End a run, then delete the TrainJobs that carry its id: not every launcher lives long enough to do that itself.
+
+    Args:
+        ending_s: how long to wait for the run's end, until which a launcher may still make a job.
+
+    Returns:
+        What became of the run and of the TrainJobs, a line each.
+
+    Raises:
+        PipelineError: the run cannot be ended, or there is a cluster which refuses that jobs are deleted.
+    """
     made = client(host, namespace)
     with _api(host):
-        made.terminate_run(run_id)
+        if (state := made.get_run(run_id).state) not in ENDED:
+            made.terminate_run(run_id)
+    line = f"run {run_id} " + (f"has ended ({state})" if state in ENDED else "is being ended")
+
+    def wait() -> None:
+        until = time.monotonic() + ending_s
+        with _api(host):
+            while made.get_run(run_id).state not in ENDED and time.monotonic() < until:
+                time.sleep(2)
+
+    return f"{line}\n{_delete_jobs(line, namespace, run_id, wait)}"
+
+
+def _delete_jobs(line: str, namespace: str, run_id: str, wait: Callable[[], None]) -> str:
+    """Delete the TrainJobs of a run before and after `wait`, which lasts until no launcher makes any more."""
+    from kubernetes.config import ConfigException
+
+    from components.cluster import RUN, Cluster, JobError
+
+    by_hand = f"kubectl -n {namespace} delete trainjobs -l {RUN}={run_id}"
+    try:
+        cluster = Cluster(namespace, patience_s=10)
+    except ConfigException as error:
+        return f"no cluster to delete TrainJobs in ({error}); its launchers do that, and to be sure of it: {by_hand}"
+    try:
+        deleted = cluster.delete_run(run_id)
+        wait()
+        deleted += cluster.delete_run(run_id)
+    except JobError as error:
+        raise PipelineError(f"{line}, but {error}; by hand: {by_hand}") from error
+    names = ", ".join(dict.fromkeys(deleted)) or "none was left"
+    return f"TrainJobs deleted at {cluster.address}, namespace {namespace}: {names}"

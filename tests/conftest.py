@@ -3,14 +3,21 @@
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from tests.tracking.mlflow_server import MlflowServer
+
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_MODEL_CATALOG_URI", "")
+os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # a test that wants it says so
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two test processes share two cores: a second thread in each would spin while it waits for one that has no core.
@@ -18,9 +25,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes that outlives its test
 
-# What a killed process left half compiled in the folder that a user's processes share would fail all tests after it.
-_compiled = tempfile.mkdtemp(prefix="opensora-inductor-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled
 
 # A shell without job control starts background commands with SIGINT ignored, and their children inherit it: then no
 # Ctrl-C that a test sends would arrive.
@@ -30,9 +34,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_unconfigure() -> None:
-    """The processes of pytest-xdist end without Python's own handlers at exit."""
-    shutil.rmtree(_compiled, ignore_errors=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled code in a folder of its own: what a killed process left half done in the shared one would fail tests."""
+    config.compiled_code = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="opensora-inductor-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Here, as processes of pytest-xdist end without Python's own handlers at exit."""
+    shutil.rmtree(config.compiled_code, ignore_errors=True)
+
+
+@contextmanager
+def killed_in_the_end(process: subprocess.Popen) -> Iterator[None]:
+    """A process with a session of its own: nothing of it outlives a test that fails."""
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
 
 
 @pytest.fixture
@@ -122,3 +142,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, vae: Path, text_encoder
             "vae_scale": 4,
         },
     )
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated database, to copy: making one takes seconds."""
+    from opensora.tracking.store import connect
+
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        connect(root).search_registered_models()
+    return root / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> "Iterator[MlflowServer]":
+    """A server that answers; a test that kills it starts it again."""
+    from tests.tracking.mlflow_server import MlflowServer
+
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(mlflow_store, folder)
+    server = MlflowServer(folder)
+    try:
+        server.start_warm()
+        yield server
+    finally:
+        server.close()

@@ -37,12 +37,18 @@ def test_h800_holds_the_published_recipe() -> None:
         ("train_image.frames=4", "train_image.frames must be 1"),
         ("encode.max_tokens=9", "must be equal"),
         ("train_video.objective=iddpm", "pred_sigma"),
+        ("train_video.processes=12", "fills no whole number of nodes of hardware.gpus_per_node 8 GPUs; take 8 or 16"),
         ("lr", "section.key=value"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(PARAMS, "demo", (override,))
+
+
+@pytest.mark.parametrize("processes", [3, 8, 64])
+def test_less_than_a_node_or_whole_nodes_are_fine(processes: int) -> None:
+    assert load_config(PARAMS, "demo", (f"train_video.processes={processes}",)).train_video.processes == processes
 
 
 def test_missing_file_and_unknown_profile(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -153,9 +152,11 @@ def test_a_killed_run_goes_on_with_what_is_missing(checkpoint: Path, tmp_path: P
     command = [sys.executable, "-m", "opensora.cli", "generate", "--checkpoint", str(checkpoint), "--steps", "60"]
     command += ["--prompts-file", str(prompts), "--out", str(out), "--text-cache", str(tmp_path / "text")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (out / RECORD).is_file():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        try:
+            while process.poll() is None and not (out / RECORD).is_file():
+                time.sleep(0.01)
+        finally:
+            process.kill()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     kept = {json.loads(line)["file"] for line in (out / RECORD).read_text().splitlines()}
     assert 1 <= len(kept) < 6

@@ -40,12 +40,12 @@ def test_a_stopped_parent_waits_for_its_child(how: signal.Signals, tmp_path: Pat
     parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     assert parent.stdout
     assert parent.stdout.readline() == b"ready\n"
-    time.sleep(0.2)
+    time.sleep(0.5)
     if how == signal.SIGINT:
         os.killpg(parent.pid, how)
     else:
         parent.send_signal(how)
-    assert parent.wait(30) == 7
+    assert parent.wait(60) == 7
     assert (tmp_path / "note").read_text() == "saved"
 
 
@@ -60,9 +60,9 @@ def test_an_interrupt_that_the_child_did_not_heed_still_stops_the_parent(tmp_pat
     )
     assert parent.stdout
     assert parent.stdout.readline() == b"ready\n"
-    time.sleep(0.2)
+    time.sleep(0.5)
     os.killpg(parent.pid, signal.SIGINT)
-    _, errors = parent.communicate(timeout=30)
+    _, errors = parent.communicate(timeout=60)
     assert b"KeyboardInterrupt" in errors
     assert parent.returncode != 0
     assert (tmp_path / "note").read_text() == "saved"

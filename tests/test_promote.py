@@ -3,39 +3,33 @@
 import gc
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from urllib.request import urlopen
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from opensora import promote as step
-from opensora import served_model
 from opensora.cli import app
 from opensora.config import PromoteConfig, UserError
 from opensora.evaluation import METRICS_VERSION
+from opensora.evaluation.champion import find_champion
 from opensora.promote import preview, run
 from opensora.promotion.rollback import rollback
 from opensora.promotion.table import list_versions
 from opensora.step import StepError
 from opensora.tracking.lineage import lineage
+from opensora.tracking.promotion_lock import LOCK_TAG
 from opensora.tracking.registry import RegistryError, champion, versions
 from opensora.tracking.store import connect
+from opensora.tracking.version_files import model_version_path
+from opensora.training.checkpoint import describe_checkpoint
 from tests.promotion_case import BETTER, GATES, change_json, make_beside, make_candidate, make_evaluation
 from tests.small_disk import small_disk
 from tests.tracking.mlflow_server import MlflowServer
 
 MODEL = "opensora-smoke"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated database, to copy: making one takes seconds."""
-    root = tmp_path_factory.mktemp("store")
-    connect(root).search_registered_models()
-    return root / "mlflow.db"
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +65,10 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, store: Path, checkpoint: Path) -> Place:
+def place(tmp_path: Path, mlflow_store: Path, checkpoint: Path) -> Place:
     root = tmp_path / "runs"
     root.mkdir()
-    shutil.copy(store, root / "mlflow.db")
+    shutil.copy(mlflow_store, root / "mlflow.db")
     return Place(root, checkpoint)
 
 
@@ -297,7 +291,7 @@ def test_an_alias_moved_by_hand_meanwhile_is_judged_again(place: Place, monkeypa
     place.candidate(3, 15)  # as good as version 1, far worse than version 2
     copy = step.keep
 
-    def keep_and_move(*arguments: Path) -> tuple[Path, Path]:
+    def keep_and_move(*arguments: Any) -> tuple[Path, Path]:
         connect(place.root).set_registered_model_alias(MODEL, "champion", "2")
         return copy(*arguments)
 
@@ -306,6 +300,109 @@ def test_an_alias_moved_by_hand_meanwhile_is_judged_again(place: Place, monkeypa
     assert "meanwhile somebody put it on version 2" in verdict["notes"][0]
     assert "worse by more than" in failed(verdict)["non-inferiority"]
     assert (place.champion(), len(versions(place.root, MODEL))) == ("2", 2)
+
+
+def test_a_champion_deleted_meanwhile_is_judged_again_and_not_replaced(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.candidate(1, 20)
+    place.promote()
+    place.candidate(2, 20)
+    copy = step.keep
+
+    def keep_and_delete(*arguments: Any) -> tuple[Path, Path]:
+        connect(place.root).delete_model_version(MODEL, "1")
+        return copy(*arguments)
+
+    monkeypatch.setattr(step, "keep", keep_and_delete)
+    verdict = place.promote()
+    assert "was on version 1, and meanwhile somebody put it on no version; judged again" in verdict["notes"][0]
+    assert "version 1 is lost: the alias `champion` is gone" in failed(verdict)["champion"]
+    assert (verdict["version"], place.champion(), versions(place.root, MODEL)) == (None, None, [])
+
+
+def test_a_refusal_stands_until_a_check_would_end_otherwise(place: Place) -> None:
+    place.candidate(1, 20)
+    place.promote()
+    place.candidate(2, 20)
+    (one,) = versions(place.root, MODEL)
+    folder = Path(one.tags["checkpoint.uri"])
+    away = folder.rename(folder.with_name("away"))
+    verdict = place.promote()
+    assert "version 1 is lost" in failed(verdict)["champion"]
+    report = place.base / "promote" / "report.json"
+    before = report.stat().st_mtime_ns
+    assert place.promote() == verdict
+    assert report.stat().st_mtime_ns == before  # and so no new run
+    away.rename(folder)
+    assert place.promote()["version"] == "2"
+
+
+def test_an_evaluation_replaced_while_it_is_judged_is_not_kept(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    sha256 = place.candidate(1, 20)
+    judged = step.judge
+
+    def judge_and_replace(*arguments: Any) -> list:
+        make_evaluation(place.base, sha256, 3)
+        return judged(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "judge", judge_and_replace)
+        with pytest.raises(StepError, match="was replaced while it was judged"):
+            place.promote()
+    gc.collect()
+    assert not versions(place.root, MODEL)
+    assert not list(place.root.glob(f"registry/{MODEL}/*/evaluation"))
+    assert set(failed(place.promote())) == {"floor"}
+
+
+def test_the_champion_before_is_known_after_the_alias_was_lost(place: Place) -> None:
+    lax = GATES.model_copy(update={"replace_lost_champion": True})
+    for shift in (1, 2):
+        place.candidate(shift, 20)
+        place.promote()
+    client = connect(place.root)
+    client.delete_registered_model_alias(MODEL, "champion")
+    assert place.promote(lax)["version"] == "2"
+    assert versions(place.root, MODEL)[0].tags["previous_champion"] == "1"
+    assert rollback(place.root, MODEL) == ("2", "1")
+    assert rollback(place.root, MODEL, to="2") == ("1", "2")
+
+    client.delete_registered_model_alias(MODEL, "champion")
+    assert rollback(place.root, MODEL, to="2") == ("none", "2")  # it gets back what it had
+    assert "rolled_back" not in versions(place.root, MODEL)[0].tags
+    client.delete_registered_model_alias(MODEL, "champion")
+    assert rollback(place.root, MODEL, to="1", reason="dark") == ("none", "1")
+    two, one = versions(place.root, MODEL)
+    assert json.loads(two.tags["rolled_back"])["reason"] == "dark"
+    assert json.loads(one.tags["restored"])["from"] == "2"
+    assert "dark" in failed(place.promote(lax))["roll-back"]
+
+
+def test_the_registry_is_free_while_a_version_is_uploaded(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second folder of results promotes in the middle of the first one's upload."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place.root / 'mlflow.db'}")
+    place.candidate(1, 14)
+    other = Place(tmp_path / "other", place.checkpoint)
+    other.candidate(2, 24)
+    upload, inside = step.register_folder, []
+
+    def upload_slowly(*arguments: Any) -> str:
+        if not inside:
+            inside.append(True)
+            assert other.promote()["version"] == "1"
+        return upload(*arguments)
+
+    monkeypatch.setattr(step, "register_folder", upload_slowly)
+    verdict = place.promote()
+    assert "was on no version, and meanwhile somebody put it on version 1" in verdict["notes"][0]
+    assert set(failed(verdict)) == {"non-inferiority"}
+    assert [version.aliases for version in versions(place.root, MODEL)] == [(), ("champion",)]
+    place.candidate(1, 24)
+    assert place.promote()["version"] == "2"  # that was uploaded before
+    assert len(versions(place.root, MODEL)) == 2
 
 
 def test_a_full_disk_leaves_no_half_copy(place: Place, tmp_path: Path) -> None:
@@ -320,39 +417,22 @@ def test_a_full_disk_leaves_no_half_copy(place: Place, tmp_path: Path) -> None:
     assert place.promote()["version"] == "1"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[MlflowServer]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(store, folder)
-    made = MlflowServer(folder)
-    try:
-        start(made)
-        yield made
-    finally:
-        made.close()
-
-
-def start(server: MlflowServer) -> None:
-    """Its first answer takes longer than a client waits."""
-    server.start()
-    with urlopen(f"{server.uri}/api/2.0/mlflow/registered-models/search", timeout=120) as answer:
-        assert answer.status == 200
-
-
-@pytest.mark.parametrize(("where", "after"), [(step, "keep"), (served_model, "register_served_model")])
+@pytest.mark.parametrize(
+    ("where", "after"), [(step, "keep"), (MlflowClient, "log_model_artifacts"), (step, "register_folder")]
+)
 def test_a_server_killed_in_the_middle(
-    place: Place, where: ModuleType, after: str, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+    place: Place, where: Any, after: str, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever was done before is found again; one version in the end, and the alias on it."""
+    """Whatever was done before is found again: one upload and one version in the end, and the alias on it."""
     model, profile = f"opensora-{after}", after
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
     place.candidate(1, 20)
     inputs = (GATES, profile, *place.inputs(), place.root, place.base / "promote")
     done, died = getattr(where, after), []
 
     def then_die(*arguments: object) -> object:
         result = done(*arguments)
-        died.append(server.kill())
+        died.append(mlflow_server.kill())
         return result
 
     with monkeypatch.context() as patch:
@@ -361,13 +441,48 @@ def test_a_server_killed_in_the_middle(
             run(*inputs)
     gc.collect()  # what the error still holds would keep the step's folder locked; a command ends instead
     assert died
-    start(server)
+    mlflow_server.start_warm()
     assert champion(place.root, model) is None
-    assert len(versions(place.root, model)) == (after != "keep")
+    assert len(versions(place.root, model)) == (after == "register_folder")
     run(*inputs)
     (version,) = versions(place.root, model)
     assert version.aliases == ("champion",)
-    assert "promotion.lock" not in connect(place.root).get_registered_model(model).tags
+    client = connect(place.root)
+    assert LOCK_TAG not in client.get_registered_model(model).tags
+    experiment = client.get_experiment_by_name(model)
+    assert experiment
+    (uploaded,) = client.search_logged_models([experiment.experiment_id], f"name = '{model}'")
+    assert str(uploaded.status) == "READY"
+
+
+def test_a_machine_that_shares_only_the_server_fetches_the_champion(
+    place: Place, tmp_path: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    sha256 = place.candidate(1, 20)
+    place.promote()
+    place.root.rename(tmp_path / "elsewhere")
+    place.root.mkdir()
+    client = connect(place.root)
+    client.delete_registered_model_alias(MODEL, "champion")
+    for verify, problem in ((False, ""), (True, "not verified: in the server's store and not on this machine")):
+        assert [record["problem"] for record in list_versions(place.root, MODEL, verify)] == [problem]
+    assert not list(place.root.iterdir())  # nothing is fetched to be listed
+
+    assert rollback(place.root, MODEL, to="1") == ("none", "1")
+    folder = model_version_path(f"models:/{MODEL}@champion", place.root)
+    assert folder.is_relative_to(place.root)
+    assert describe_checkpoint(folder).sha256 == sha256
+    found = find_champion(place.root, MODEL)
+    assert found
+    assert found.checkpoint, found.unavailable
+    assert (found.version, found.checkpoint.folder, found.kept) == ("1", folder, None)
+    assert found.checkpoint.vae.is_relative_to(place.root)
+    assert [record["problem"] for record in list_versions(place.root, MODEL, verify=True)] == [""]
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (record,) = list_versions(place.root, MODEL, verify=True)
+    assert "model.safetensors has another sha256" in record["problem"]
 
 
 @pytest.mark.parametrize("command", ["registry", "rollback", "promote"])

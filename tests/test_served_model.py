@@ -33,13 +33,13 @@ from opensora.served_model import (
     REQUIREMENTS,
     ServedModelError,
     checkpoint_of,
-    register_served_model,
     save_served_model,
     signature_of,
     verify_served_model,
 )
-from opensora.tracking.registry import CHAMPION, model_version_path
+from opensora.tracking.registry import CHAMPION
 from opensora.tracking.store import connect
+from opensora.tracking.version_files import model_version_path, register_folder
 from opensora.training.checkpoint import CheckpointError, describe_checkpoint, read_info
 from opensora.weights import hash_file
 from tests.conftest import ROOT
@@ -101,7 +101,7 @@ def load(folder: Path, **config: str) -> Any:
 def running(log: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
     """`mlflow ARGUMENTS` in a process group of its own, killed at the end."""
     command = [sys.executable, "-m", "mlflow", *arguments]
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"} | environment
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "TMPDIR": str(log.parent)} | environment
     with log.open("w") as handle:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, start_new_session=True
@@ -115,7 +115,7 @@ def running(log: Path, *arguments: str, **environment: str) -> Iterator[subproce
 
 
 def promote(root: Path, folder: Path, tags: dict[str, str]) -> None:
-    version = register_served_model(root, "smoke", MODEL, folder, tags)
+    version = register_folder(root, "smoke", MODEL, folder, tags)
     connect(root).set_registered_model_alias(MODEL, CHAMPION, version)
 
 

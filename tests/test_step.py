@@ -1,12 +1,15 @@
 """A step's folder appears whole or not at all, also when the disk is full."""
 
+import gc
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from opensora.step import PeakMemory, Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
 from tests.conftest import ROOT
 from tests.small_disk import small_disk
 
@@ -46,7 +49,12 @@ def test_an_unfinished_step_is_named(tmp_path: Path) -> None:
 def test_json_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": object()})
-    assert not (tmp_path / "a.json").exists()
+    with small_disk(tmp_path / "small", "16k") as small:
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                write_json(small / "a.json", "x" * 50_000)
+        assert list(small.iterdir()) == []  # else each try would take what the last one had left free
+    assert not list(tmp_path.glob("*.json*"))
 
 
 def test_fingerprints_follow_values_not_order() -> None:
@@ -54,16 +62,69 @@ def test_fingerprints_follow_values_not_order() -> None:
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
-def test_memory_of_children_counts(tmp_path: Path) -> None:
-    memory = PeakMemory()
-    before = memory.read_mib()
-    code = "x = bytearray(200 << 20); print('ready', flush=True); input()"
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdout
-    child.stdout.readline()
-    assert memory.read_mib() > before + 190
-    child.communicate(b"\n")
-    assert memory.read_mib() > before + 190  # a peak stays
+MEASURE = """
+import subprocess, sys
+from opensora.step import PeakMemory
+memory = PeakMemory()
+found = [memory.read_mib()]
+code = "x = bytearray(200 << 20); print('ready', flush=True); input()"
+child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+found.append(memory.read_mib())
+child.communicate(b"\\n")
+found.append(memory.read_mib())
+print(*found)
+"""
+
+
+def test_memory_of_children_counts() -> None:
+    """In a process of its own: children that other tests left would come and go meanwhile."""
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    before, during, after = (float(text) for text in done.stdout.split())
+    assert during > before + 190
+    assert after > before + 190  # a peak stays
+
+
+def test_a_step_that_failed_is_not_watched_any_more(tmp_path: Path) -> None:
+    def fail() -> None:
+        StepFolder(tmp_path / "step", "key").open()
+        raise StepError("no")
+
+    before = set(threading.enumerate())
+    with pytest.raises(StepError, match="no"):
+        fail()
+    gc.collect()
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in left)
+
+
+def test_a_kill_while_a_step_ends_never_leaves_half_of_its_output_as_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(key: str) -> None:
+        folder = StepFolder(tmp_path / "step", key)
+        work = folder.open()
+        for number in range(10):
+            (work / f"{number}").write_text(key)
+        folder.finish(Report("step"))
+
+    def kill(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists() and path.name != ".partial":
+            next(path.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    finish("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            finish("new")
+    for key in ("old", "new"):
+        if StepFolder(tmp_path / "step", key).is_done():
+            assert len([path for path in (tmp_path / "step").iterdir() if path.read_text() == key]) == 10
+    finish("new")
+    assert sorted(path.name for path in (tmp_path / ".partial").iterdir() if path.is_dir()) == []
 
 
 def test_a_full_disk_leaves_no_half_written_file(tmp_path: Path) -> None:

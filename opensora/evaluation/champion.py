@@ -6,10 +6,19 @@ from pathlib import Path
 
 from opensora.config import UserError
 from opensora.data.reuse import link_file
+from opensora.evaluation.files import METRICS, SCORES, hash_evaluation
 from opensora.evaluation.plan import Plan
 from opensora.evaluation.scores import Measured
-from opensora.tracking.registry import champion, model_version_path
-from opensora.tracking.store import tracking_uri
+from opensora.tracking.redact import redact
+from opensora.tracking.registry import (
+    CHECKPOINT_SHA256,
+    EVALUATION_FILES,
+    EVALUATION_URI,
+    Version,
+    champion,
+)
+from opensora.tracking.store import store_name, tracking_uri
+from opensora.tracking.version_files import model_version_path
 from opensora.training.checkpoint import Checkpoint, describe_checkpoint
 
 NAME = "champion"  # in the place of a stage's name
@@ -22,7 +31,7 @@ class Champion:
 
     Attributes:
         checkpoint: None if it cannot be loaded.
-        kept: folder of its own evaluation, made when it was promoted.
+        kept: folder of its own evaluation, made when it was promoted; None if it is gone or somebody changed it.
         measured: None while it has still to generate.
         identity: of its evaluation; see `Plan.identity`.
         unavailable: why there is nothing to compare with.
@@ -45,17 +54,24 @@ def find_champion(root: Path, model: str) -> Champion | None:
     try:
         found = champion(root, model)
     except Exception as error:  # a server that is down must not cost an evaluation of hours
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return Champion(unavailable=f"the registry at {store} cannot be asked: {reason}")
+        reason = redact((str(error).splitlines() or [type(error).__name__])[0])
+        return Champion(unavailable=f"the registry at {store_name(root)} cannot be asked: {reason}")
     if found is None:
         return None
-    version, sha256 = str(found.version), found.tags.get("checkpoint.sha256", "")
+    sha256 = found.tags.get(CHECKPOINT_SHA256, "")
     try:
-        checkpoint = describe_checkpoint(model_version_path(f"models:/{model}/{version}", root))
+        checkpoint = describe_checkpoint(model_version_path(f"models:/{model}/{found.version}", root))
     except UserError as error:
-        return Champion(version, sha256, unavailable=str(error))
-    kept = found.tags.get("evaluation.uri")
-    return Champion(version, sha256, checkpoint, Path(kept) if kept else None)
+        return Champion(found.version, sha256, unavailable=str(error))
+    return Champion(found.version, sha256, checkpoint, _kept(found))
+
+
+def _kept(version: Version) -> Path | None:
+    """Where a version keeps its evaluation, if its numbers are those by which it was promoted."""
+    folder = Path(version.tags.get(EVALUATION_URI, ""))
+    if EVALUATION_URI not in version.tags or hash_evaluation(folder) != version.tags.get(EVALUATION_FILES):
+        return None
+    return folder
 
 
 def read_kept(folder: Path, stage: str, height: int, identity: str, work: Path) -> Measured | None:
@@ -70,8 +86,8 @@ def read_kept(folder: Path, stage: str, height: int, identity: str, work: Path) 
     """
     samples = work / "samples" / NAME
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        scores = json.loads((folder / "scores.json").read_text())["stages"][stage]
+        metrics = json.loads((folder / METRICS).read_text())
+        scores = json.loads((folder / SCORES).read_text())["stages"][stage]
         if metrics["evaluation_sha256"] != identity:
             return None
         samples.mkdir(parents=True, exist_ok=True)

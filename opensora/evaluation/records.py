@@ -15,9 +15,6 @@ from opensora.metrics.features import EXTRACTOR
 from opensora.step import fingerprint
 from opensora.tracking.lineage import DATA_REVISION
 from opensora.training.checkpoint import MODELS, locate
-from opensora.weights import hash_file
-
-METRICS, SCORES, BESIDE = "metrics.json", "scores.json", "champion.json"
 
 
 def metrics_record(plan: Plan, found: Findings) -> dict[str, Any]:
@@ -80,8 +77,3 @@ def hash_models(info: Mapping[str, Any], checkpoint: Path, memory: Path) -> dict
         CheckpointError: one of them is missing.
     """
     return {name: fingerprint(hash_folder(locate(info[name], checkpoint), memory)) for name in MODELS}
-
-
-def hash_evaluation(folder: Path) -> str:
-    """Of the numbers that a version keeps."""
-    return fingerprint({name: hash_file(folder / name) for name in (METRICS, SCORES) if (folder / name).is_file()})

@@ -8,25 +8,23 @@ import av
 
 from opensora.config import UserError
 from opensora.data.video import read_frames
-from opensora.evaluation.records import BESIDE, METRICS, SCORES, hash_evaluation, hash_models
+from opensora.evaluation.files import BESIDE, METRICS, SCORES, hash_evaluation
+from opensora.evaluation.records import hash_models
 from opensora.promotion.gate import SIGNATURE, Candidate, Champion, Evaluation
 from opensora.step import CACHE, StepError
 from opensora.tracking.registry import (
     CHAMPION,
     CHECKPOINT_SHA256,
     CHECKPOINT_URI,
+    EVALUATION_FILES,
+    EVALUATION_URI,
     ROLLED_BACK,
     Version,
     champion,
     lost_champion,
 )
+from opensora.tracking.version_files import FilesGone, checkpoint_folder, find_here
 from opensora.training.checkpoint import SAMPLED, CheckpointError, find_newest, read_info
-
-EVALUATION_URI, EVALUATION_FILES, METRICS_TAG = (
-    "evaluation.uri",
-    "evaluation.files_sha256",
-    "metrics",
-)  # tags of a version
 
 
 def find_candidate(train: Path) -> tuple[Path, dict]:
@@ -122,28 +120,35 @@ def served_damage(folder: Path, sha256: str) -> str:
     return "" if found == sha256 else f"{folder} holds another checkpoint, sha256 {found[:12]}"
 
 
-def damage_of(version: Version) -> str:
-    """Why a registered version cannot be loaded; empty if its files are those that were registered. Reads them all."""
+def damage_of(root: Path, model: str, version: Version) -> str:
+    """Why a registered version cannot be loaded; empty if its files are those that were registered. Reads them all.
+
+    They are fetched if they are not on this machine, but in a server's store; raises RegistryError.
+    """
     sha256 = version.tags.get(CHECKPOINT_SHA256)
     if CHECKPOINT_URI not in version.tags or not sha256:
         return f"it was registered without {CHECKPOINT_URI} and {CHECKPOINT_SHA256}, not by `opensora promote`"
-    return served_damage(_served(version), sha256)
+    try:
+        return served_damage(_served(checkpoint_folder(root, model, version)), sha256)
+    except FilesGone as error:
+        return str(error)
 
 
-def _served(version: Version) -> Path:
-    """The served model in which its checkpoint lies; see `checkpoint_of`, which goes the other way."""
-    return Path(version.tags[CHECKPOINT_URI]).parent.parent
+def _served(checkpoint: Path) -> Path:
+    """The served model in which a version's checkpoint lies; see `checkpoint_of`, which goes the other way."""
+    return checkpoint.parent.parent
 
 
-def _with_signature(version: Version) -> Mapping[str, str]:
+def _with_signature(root: Path, model: str, version: Version) -> Mapping[str, str]:
     """Its tags; the signature from the files themselves where nobody wrote it down, or somebody took it away."""
     from opensora.served_model import signature_of
 
-    if SIGNATURE in version.tags:
+    here = find_here(root, model, version)
+    if SIGNATURE in version.tags or here is None:
         return version.tags
     try:
-        return {**version.tags, SIGNATURE: signature_of(_served(version))}
-    except (UserError, KeyError):
+        return {**version.tags, SIGNATURE: signature_of(_served(here))}
+    except UserError:
         return version.tags
 
 
@@ -181,7 +186,7 @@ def read_champion(root: Path, model: str, evaluate: Path, candidate: Evaluation,
         gone = lost_champion(root, model)
         why = "the alias `champion` is gone: its version was deleted from the registry, or somebody removed it"
         return Champion(gone, "", lost=why, has_alias=False) if gone else None
-    sha256, lost = version.tags.get(CHECKPOINT_SHA256, ""), damage_of(version)
+    sha256, lost = version.tags.get(CHECKPOINT_SHA256, ""), damage_of(root, model, version)
     beside = _read_json(evaluate / BESIDE)
     if (str(beside.get("version")), beside.get("sha256")) == (version.version, sha256):
         # On the candidate's prompts and seeds; what else has to be equal, it says itself.
@@ -192,7 +197,9 @@ def read_champion(root: Path, model: str, evaluate: Path, candidate: Evaluation,
     else:
         evaluation, source = _recorded(version, stage), "as evaluated when it was promoted"
     lost = lost or _why_not_evaluated(candidate.metrics, version.version, sha256)
-    return Champion(version.version, sha256, _with_signature(version), None if lost else evaluation, source, lost)
+    return Champion(
+        version.version, sha256, _with_signature(root, model, version), None if lost else evaluation, source, lost
+    )
 
 
 def _why_not_evaluated(metrics: Mapping[str, object], version: str, sha256: str) -> str:

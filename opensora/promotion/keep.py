@@ -11,26 +11,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from opensora.evaluation.records import METRICS, SCORES
+from opensora.evaluation.files import METRICS, SCORES, hash_evaluation
 from opensora.promotion.evidence import served_damage
 from opensora.step import UNWRITABLE, StepError
+from opensora.tracking.version_files import MODEL
 from opensora.training.checkpoint import read_info
 
-MODEL, EVALUATION = "model", "evaluation"
+EVALUATION = "evaluation"
 
 
-def keep(place: Path, checkpoint: Path, evaluate: Path) -> tuple[Path, Path]:
+def keep(place: Path, checkpoint: Path, evaluate: Path, judged: str) -> tuple[Path, Path]:
     """Copy a checkpoint, its models and its evaluation to `place`; a whole copy that is there already is left as it is.
 
     Models that the checkpoint names by an absolute path, as a text encoder of gigabytes, stay where they are; their
     hashes are kept.
 
+    Args:
+        judged: `hash_evaluation` of `evaluate`, taken before it was judged.
+
     Returns:
         Folders of the served model and of the copied evaluation.
 
     Raises:
-        StepError, ServedModelError: they could not be written, as on a full disk, or not as they were read; nothing
-            half is left.
+        StepError, ServedModelError: they could not be written, as on a full disk, or not as they were read, or the
+            evaluation is not the one that was judged; nothing half is left.
     """
     from opensora.served_model import save_served_model
 
@@ -43,6 +47,8 @@ def keep(place: Path, checkpoint: Path, evaluate: Path) -> tuple[Path, Path]:
                 raise StepError(f"the copy of {checkpoint} is not what was read: {problem}; look at the disk")
         with _appearing(place / EVALUATION) as part:
             _copy_evaluation(evaluate, info["stage"], part)
+            if hash_evaluation(part) != judged:
+                raise StepError(f"{evaluate} was replaced while it was judged; nothing was registered, start again")
     except OSError as error:
         raise StepError(
             f"{checkpoint} could not be copied to {place}: {_reason(error)}; nothing was registered, and the same "

@@ -16,6 +16,7 @@ from opensora.tracking.registry import (
     champion,
     check_champion,
     find_version,
+    lost_champion,
     move_champion,
     tag_version,
 )
@@ -24,8 +25,8 @@ from opensora.tracking.registry import (
 def rollback(root: Path, model: str, to: str = "", reason: str = "") -> tuple[str, str]:
     """Move the alias back and record in the tags who did so, when and why.
 
-    The version that is left is marked, and the gate does not promote its checkpoint again by itself. A version that was
-    left before may be named: it loses that mark.
+    The version that is left is marked, and the gate does not promote its checkpoint again by itself; where the alias
+    was lost that is the version that had it last. One that was left before may be named: it loses that mark.
 
     Args:
         to: number of a version; empty: the champion before the present one.
@@ -43,21 +44,28 @@ def rollback(root: Path, model: str, to: str = "", reason: str = "") -> tuple[st
         target = _target(root, model, now, to)
         if now and now.version == target.version:
             raise RegistryError(f"version {target.version} of {model} is the champion already; nothing was moved")
-        if problem := damage_of(target):
+        if problem := damage_of(root, model, target):
             raise RegistryError(
                 f"version {target.version} of {model} cannot be loaded any more: {problem}; nothing was moved; "
                 "`opensora registry` lists the others, and --to VERSION names one"
             )
+        left = now or _last(root, model, target)
         with registry_lock(root, model, lock) as check_lock:
             check_champion(root, model, now.version if now else None)
             event = {"by": somebody(), "at": datetime.now(UTC).isoformat(timespec="seconds"), "reason": reason}
-            if now:  # before the alias, so that no kill in between leaves a roll-back without its reason
-                tag_version(root, model, now.version, {ROLLED_BACK: json.dumps(event | {"to": target.version})})
-            restored = json.dumps(event | {"from": now.version if now else "none"})
+            if left:  # before the alias, so that no kill in between leaves a roll-back without its reason
+                tag_version(root, model, left.version, {ROLLED_BACK: json.dumps(event | {"to": target.version})})
+            restored = json.dumps(event | {"from": left.version if left else "none"})
             tag_version(root, model, target.version, {RESTORED: restored, ROLLED_BACK: None})
             check_lock()
             move_champion(root, model, target.version, now.version if now else None)
     return now.version if now else "none", target.version
+
+
+def _last(root: Path, model: str, target: Version) -> Version | None:
+    """The version that had the alias before it was lost; None if that one gets it back, or is deleted."""
+    number = lost_champion(root, model)
+    return find_version(root, model, number) if number not in ("", target.version) else None
 
 
 def _target(root: Path, model: str, now: Version | None, to: str) -> Version:

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora.config import Gate
-from opensora.promotion.evidence import METRICS_TAG, damage_of
+from opensora.promotion.evidence import damage_of
 from opensora.promotion.gate import CODE, DATA
 from opensora.tracking.registry import (
     CHECKPOINT_SHA256,
     CHECKPOINT_URI,
+    METRICS_TAG,
     PREVIOUS,
     RESTORED,
     ROLLED_BACK,
     Version,
     versions,
 )
+from opensora.tracking.version_files import find_here, is_uploaded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,15 +31,22 @@ def list_versions(root: Path, model: str, verify: bool = False) -> list[dict[str
     """A record a version, newest first.
 
     Args:
-        verify: read every file of every version; otherwise only see whether the folder is there.
+        verify: read every file of every version that is on this machine; otherwise only look for its folder.
     """
-    return [_record(version, verify) for version in versions(root, model)]
+    return [_record(version, _problem(root, model, version, verify)) for version in versions(root, model)]
 
 
-def _record(version: Version, verify: bool) -> dict[str, object]:
+def _problem(root: Path, model: str, version: Version, verify: bool) -> str:
+    """What is wrong with a version's files; nothing is fetched to find out."""
+    if find_here(root, model, version):
+        return damage_of(root, model, version) if verify else ""
+    if is_uploaded(root, version):
+        return "not verified: in the server's store and not on this machine" if verify else ""
+    return f"nothing at {version.tags.get(CHECKPOINT_URI, '?')}"
+
+
+def _record(version: Version, problem: str) -> dict[str, object]:
     tags = version.tags
-    where = tags.get(CHECKPOINT_URI, "")
-    problem = damage_of(version) if verify else "" if where and Path(where).is_dir() else f"nothing at {where or '?'}"
     return {
         "version": version.version,
         "aliases": list(version.aliases),
@@ -46,7 +55,7 @@ def _record(version: Version, verify: bool) -> dict[str, object]:
         "metrics": _json(tags.get(METRICS_TAG)),
         "lineage": {name: tags[name] for name in LINEAGE if name in tags},
         "sha256": tags.get(CHECKPOINT_SHA256, ""),
-        "checkpoint": where,
+        "checkpoint": tags.get(CHECKPOINT_URI, ""),
         "problem": problem,
         "previous_champion": tags.get(PREVIOUS, ""),
         "rolled_back": _json(tags.get(ROLLED_BACK)),

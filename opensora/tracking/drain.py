@@ -8,14 +8,16 @@ A process, not a thread: importing and using MLflow would hold the interpreter t
 import os
 import select
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from opensora.config import UserError
-from opensora.step import lock_file
+from opensora.step import lock_file, sync
 from opensora.tracking.sender import Record, Sender
 from opensora.tracking.spool import (
     LOCK,
@@ -27,8 +29,10 @@ from opensora.tracking.spool import (
     find_spools,
     read_marks,
     read_rejected,
+    spools_of,
 )
 from opensora.tracking.store import StoreAway, StoreRefused, store_name
+from opensora.tracking.system_metrics import SystemMetrics
 
 EVERY_S = 2.0
 LONGEST_WAIT_S = 10.0  # between tries while the store is away
@@ -37,82 +41,91 @@ TRIES = 5  # of a record at which something unforeseen happens
 
 
 class Drain:
-    """Sends one spool, as far as the store takes it.
+    """Sends the spools of one run, as far as the store takes them: its records, then what its machine did.
 
     Args:
         say: told once of each trouble, and when it is over.
     """
 
     def __init__(self, root: Path, place: Path, say: Callable[[str], None]) -> None:
-        self.sender, self.reader, self.say = Sender(root, place), SpoolReader(place, store_name(root)), say
+        self.sender, self.say = Sender(root, place), say
+        self.readers = tuple(SpoolReader(spool, store_name(root)) for spool in spools_of(place))
         self.rejected = 0
-        self._failures: dict[int, int] = {}  # by offset
+        self._failures: Counter[tuple[Path, int]] = Counter()  # by spool and offset
 
     def run(self) -> None:
-        """Send what the spool holds.
+        """Send what the spools hold.
 
         Raises:
             StoreAway: the store takes no more now; what it took is marked.
         """
-        first = next(self.reader.lines(), None)
-        if first is None:
+        firsts = [first for reader in self.readers if (first := next(reader.lines(), None))]
+        if not firsts:
             return
-        self.reader.sync()
-        self.sender.open(first[0]["time"] if first[0] else 0, begin=lambda: self.reader.mark(0))
+        self.sender.open(min((record["time"] for record, _ in firsts if record), default=0), self._begin)
+        for reader in self.readers:
+            self._send_all(reader)
+
+    def _begin(self) -> None:
+        """The store has nothing of the run."""
+        for reader in self.readers:
+            reader.mark(0)
+
+    def _send_all(self, reader: SpoolReader) -> None:
+        reader.sync()
         pending: list[Record] = []
-        values, end = 0, self.reader.sent
-        for record, end_of_line in self.reader.lines():
+        values, end = 0, reader.sent
+        for record, end_of_line in reader.lines():
             if record is not None and record["kind"] == "metrics":
                 if pending and values + len(record["values"]) > self.sender.batch:
-                    self._flush(pending, end)
+                    self._flush(reader, pending, end)
                     pending, values = [], 0
                 pending.append(record)
                 values += len(record["values"])
             else:
-                self._flush(pending, end)
+                self._flush(reader, pending, end)
                 pending, values = [], 0
-                self._send(record, end_of_line)
+                self._send(reader, record, end_of_line)
             end = end_of_line
-        self._flush(pending, end)
+        self._flush(reader, pending, end)
 
-    def _flush(self, records: list[Record], end: int) -> None:
+    def _flush(self, reader: SpoolReader, records: list[Record], end: int) -> None:
         if records:
-            self._try(lambda: self.sender.send_metrics(records, self._reject), records, end)
+            refuse = partial(self._reject, reader)
+            self._try(reader, lambda: self.sender.send_metrics(records, refuse), records, end)
 
-    def _send(self, record: Record | None, end: int) -> None:
+    def _send(self, reader: SpoolReader, record: Record | None, end: int) -> None:
         if record is None:
-            self._reject({}, "half a line: the process that wrote it was killed")
-            self.reader.mark(end)
+            self._reject(reader, {}, "half a line: the process that wrote it was killed")
+            reader.mark(end)
             return
-        self._try(lambda: self.sender.send(record), [record], end)
+        self._try(reader, lambda: self.sender.send(record), [record], end)
 
-    def _try(self, send: Callable[[], None], records: list[Record], end: int) -> None:
+    def _try(self, reader: SpoolReader, send: Callable[[], None], records: list[Record], end: int) -> None:
         try:
             send()
         except StoreRefused as error:
-            self._reject(records[0], str(error))
+            self._reject(reader, records[0], str(error))
         except StoreAway:
             raise
         except Exception as error:
-            self._failures[end] = self._failures.get(end, 0) + 1
+            self._failures[reader.place, end] += 1
             reason = f"{type(error).__name__}: {error}"
-            if self._failures[end] < TRIES:
+            if self._failures[reader.place, end] < TRIES:
                 raise StoreAway(reason) from error
             for record in records:
-                self._reject(record, reason)
-        self.reader.mark(end)
+                self._reject(reader, record, reason)
+        reader.mark(end)
 
-    def _reject(self, record: Record, reason: str) -> None:
-        self.reader.reject(record, reason)
+    def _reject(self, reader: SpoolReader, record: Record, reason: str) -> None:
+        reader.reject(record, reason)
         if not self.rejected:
-            self.say(
-                f"the store refuses a record ({reason[:300]}); such are set aside in {self.reader.place / REJECTED}"
-            )
+            self.say(f"the store refuses a record ({reason[:300]}); such are set aside in {reader.place / REJECTED}")
         self.rejected += 1
 
 
 def serve(root: Path, place: Path) -> str:
-    """Send the spool as it grows, until standard input ends or the process that trains does.
+    """Send the spool as it grows, until standard input ends or the process that trains does; sample the machine.
 
     Then once more, and what earlier runs left.
 
@@ -121,14 +134,19 @@ def serve(root: Path, place: Path) -> str:
     """
     parent, said, wait = os.getppid(), "", 0.0
     held: IO[str] | None = None
+    machine = SystemMetrics(root, place, say)
     while True:
         stopping = bool(select.select([sys.stdin], [], [], wait)[0]) or os.getppid() != parent
         wait, trouble = EVERY_S, ""
+        if stopping:
+            machine.stop()
         if stopping and said:  # it is known to be away: the last try is short
             os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = LAST_TRY_S
         try:
             if held is None and (held := lock_file(place / LOCK)):
                 drain = Drain(root, place, say)
+                if not stopping:
+                    machine.start()  # as long as another process sends, it samples, too
             if held:
                 drain.run()
             else:
@@ -192,11 +210,17 @@ class SpoolState:
 
 def look(root: Path, place: Path) -> SpoolState:
     """The state of one spool."""
-    sent = read_marks(place).get(store_name(root), 0)
+    spools = spools_of(place)
     held = lock_file(place / LOCK)
     if held:
         held.close()
-    return SpoolState(place, count_records(place), count_records(place, sent), len(read_rejected(place)), held is None)
+    return SpoolState(
+        place,
+        records=sum(map(count_records, spools)),
+        unsent=_count_unsent(root, place),
+        rejected=sum(len(read_rejected(spool)) for spool in spools),
+        in_use=held is None,
+    )
 
 
 def replay(
@@ -217,7 +241,7 @@ def replay(
     for place in find_spools(root):
         if not _has_more(root, place) or (nowhere and _is_somewhere(place)):
             continue
-        before = count_records(place, read_marks(place).get(store_name(root), 0))
+        before = _count_unsent(root, place)
         held = lock_file(place / LOCK)
         if held:
             with held:
@@ -228,19 +252,44 @@ def replay(
     return count
 
 
-def retry_rejected(root: Path) -> int:
-    """Put records that were set aside at the ends of their spools again; returns how many."""
+def retry_rejected(root: Path, tell: Callable[[SpoolState], None] = lambda state: None) -> int:
+    """Put records that were set aside at the ends of their spools again; returns how many.
+
+    Args:
+        tell: called with the state of each run that was left alone, as a process sends it and may set more aside.
+
+    Raises:
+        OSError: the disk does not take those of a spool; they stay where they are.
+    """
     count = 0
     for place in find_spools(root):
-        records = [item["record"] for item in read_rejected(place) if item.get("record")]
-        writer = SpoolWriter(place)
-        for record in records:
-            writer.append(record)
-        writer.close()
-        if records:
-            (place / REJECTED).unlink()
-        count += len(records)
+        if not any(map(read_rejected, spools_of(place))):
+            continue
+        held = lock_file(place / LOCK)
+        if held is None:
+            tell(look(root, place))
+            continue
+        with held:
+            count += sum(map(_put_back, spools_of(place)))
     return count
+
+
+def _put_back(spool: Path) -> int:
+    records = [item["record"] for item in read_rejected(spool) if item.get("record")]
+    if records:
+        writer = SpoolWriter(spool)
+        try:
+            writer.append_all(records)
+        finally:
+            writer.close()
+        sync(spool / SPOOL)
+        (spool / REJECTED).unlink()
+    return len(records)
+
+
+def _count_unsent(root: Path, place: Path) -> int:
+    store = store_name(root)
+    return sum(count_records(spool, read_marks(spool).get(store, 0)) for spool in spools_of(place))
 
 
 def _is_somewhere(place: Path) -> bool:
@@ -248,7 +297,8 @@ def _is_somewhere(place: Path) -> bool:
 
 
 def _has_more(root: Path, place: Path) -> bool:
-    return next(SpoolReader(place, store_name(root)).lines(), None) is not None
+    readers = [SpoolReader(spool, store_name(root)) for spool in spools_of(place)]
+    return any(next(reader.lines(), None) for reader in readers)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,20 @@ import re
 
 HIDDEN = "***"
 # Words of a name that say that its value is secret; `max_tokens` and `tokenizer` are other words.
-SECRET_WORDS = {"password", "passwd", "secret", "token", "credential", "credentials", "apikey", "authorization"}
+SECRET_WORDS = {"password", "passwd", "pwd", "secret", "token", "credential", "credentials", "apikey", "authorization"}
 SECRET_PAIRS = {("api", "key"), ("access", "key"), ("secret", "key"), ("private", "key"), ("account", "key")}
+SECRET_LAST = "key"  # alone at the end, as of wandb_key
+SCHEME = r"(\b[a-z][a-z0-9+.-]*://)"
 NUMBER_OR_NOTHING = re.compile(r"|none|null|true|false|[-+.\d]+(e[-+]?\d+)?", re.IGNORECASE)
 PATTERNS = tuple(
     (re.compile(pattern, flags), replacement)
     for pattern, flags, replacement in (
-        (r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE, rf"\1{HIDDEN}@"),  # user:password@ of an address
+        # user:password@ of an address, to the last @: a password may hold `/` and `@`, and a host that is hidden with
+        # it does less harm than half a password that is not.
+        (rf"{SCHEME}[^\s:'\"]*:(?!//)(?:(?!://)[^\s'\"])*@", re.IGNORECASE, rf"\1{HIDDEN}@"),
+        (rf"{SCHEME}[^/\s@'\"]+@", re.IGNORECASE, rf"\1{HIDDEN}@"),  # a token alone
         (
-            r"([?&;](?:[a-z0-9_-]*(?:token|signature|secret|password|credential|key|keyid)|sig|auth)=)[^&\s'\"#]+",
+            r"([?&;](?:[a-z0-9_-]*(?:token|signature|secret|password|passwd|pwd|credential|key|keyid)|sig|auth)=)[^&\s'\"#]+",
             re.IGNORECASE,
             rf"\1{HIDDEN}",
         ),
@@ -37,7 +42,8 @@ def redact(text: str) -> str:
 def redact_value(name: str, value: str) -> str:
     """The value of a parameter or tag; all of it is hidden where the name says that it is secret."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name.rpartition(".")[2]).lower())
-    secret = SECRET_WORDS & set(words) or SECRET_PAIRS & set(zip(words, words[1:], strict=False))
+    pairs = set(zip(words, words[1:], strict=False))
+    secret = SECRET_WORDS & set(words) or SECRET_PAIRS & pairs or words[-1:] == [SECRET_LAST]
     return HIDDEN if secret and not NUMBER_OR_NOTHING.fullmatch(value) else redact(value)
 
 

@@ -1,6 +1,5 @@
 """The model registry: versions, and the alias `champion` that says which one users get."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opensora.config import UserError
-from opensora.tracking.store import connect, tracking_uri
+from opensora.tracking.redact import redact
+from opensora.tracking.store import connect, store_name, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 # Tags of a version:
 CHECKPOINT_URI, CHECKPOINT_SHA256 = "checkpoint.uri", "checkpoint.sha256"
+EVALUATION_URI, EVALUATION_FILES, METRICS_TAG = "evaluation.uri", "evaluation.files_sha256", "metrics"
 PREVIOUS = "previous_champion"
 ROLLED_BACK, RESTORED = "rolled_back", "restored"  # JSON: who, when, why
 # Tag of a registered model: the version that the alias was moved to last. It stays where the alias does not.
@@ -65,7 +66,7 @@ def asking(root: Path) -> Iterator["MlflowClient"]:
     except Exception as error:  # MLflow's kinds are known by their code: another thread may be importing it just now
         if not isinstance(error, OSError) and not hasattr(error, "error_code"):
             raise
-        where, why = tracking_uri(root), _first_line(error)
+        where, why = store_name(root), redact(_first_line(error))
         if getattr(error, "error_code", SILENT[0]) not in SILENT:
             raise Refused(f"the registry at {where} refuses: {why}") from error
         raise RegistryError(
@@ -152,21 +153,24 @@ def versions(root: Path, model: str) -> list[Version]:
 
 
 def version_of(root: Path, model: str, sha256: str) -> Version | None:
-    """The version of the checkpoint with that hash, or None."""
-    return next((each for each in versions(root, model) if each.tags.get(CHECKPOINT_SHA256) == sha256), None)
+    """The version of the checkpoint with that hash, or None; the first one, should two have been made at once."""
+    same = [each for each in versions(root, model) if each.tags.get(CHECKPOINT_SHA256) == sha256]
+    return same[-1] if same else None
 
 
 def adopt(root: Path, model: str, tags: Mapping[str, str]) -> str | None:
     """The number of the version of the checkpoint that `tags` name, which gets them; None if there is none yet.
 
-    So a promotion that was cut off after it had registered its version goes on with that one.
+    So a promotion that was cut off after it had registered its version goes on with that one. No version becomes the
+    champion before itself: one that lost the alias and gets it back keeps the one it followed.
     """
     found = version_of(root, model, tags.get(CHECKPOINT_SHA256, ""))
     if found is None:
         return None
-    tag_version(
-        root, model, found.version, {name: value for name, value in tags.items() if found.tags.get(name) != value}
-    )
+    new = {name: value for name, value in tags.items() if found.tags.get(name) != value}
+    if new.get(PREVIOUS) == found.version:
+        del new[PREVIOUS]
+    tag_version(root, model, found.version, new)
     return found.version
 
 
@@ -225,28 +229,17 @@ def tag_version(root: Path, model: str, version: str, tags: Mapping[str, str | N
                 client.set_model_version_tag(model, version, name, value)
 
 
-def model_version_path(uri: str, root: Path) -> Path:
-    """The checkpoint folder behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-    Raises:
-        RegistryError: no such version, or its files are gone or not those that were registered.
-    """
+def read_version(uri: str, root: Path) -> tuple[str, Version]:
+    """Name of the model and the version behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`; raises RegistryError."""
     name, at, alias = uri.removeprefix("models:/").partition("@")
-    version = None
+    found = None
     if not _is_new(root):
         with asking(root) as client:
             if at:
-                version = _known(client.get_model_version_by_alias, name, alias)
+                found = _known(client.get_model_version_by_alias, name, alias)
             else:
                 name, _, number = name.partition("/")
-                version = _known(client.get_model_version, name, number)
-    if version is None:
-        raise RegistryError(f"{uri} is not in the registry at {tracking_uri(root)}; `opensora registry` lists what is")
-    folder = Path(version.tags.get(CHECKPOINT_URI, ""))
-    try:
-        found = json.loads((folder / "checkpoint.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
-        raise RegistryError(f"{uri} points to {folder}, which holds no checkpoint any more") from None
-    if found != version.tags.get(CHECKPOINT_SHA256):
-        raise RegistryError(f"{uri}: the checkpoint at {folder} is not the one that was registered (another sha256)")
-    return folder
+                found = _known(client.get_model_version, name, number)
+    if found is None:
+        raise RegistryError(f"{uri} is not in the registry at {store_name(root)}; `opensora registry` lists what is")
+    return name, _version(found)

@@ -1,6 +1,7 @@
 """The file that a run's records are written to first, and the mark of how far each store has them.
 
 Beside `spool.jsonl` lie `sent.json` (bytes that each store has) and `rejected.jsonl` (what a store refused, and why).
+What the machine does is measured by another process than the one that trains, and has a spool of its own below.
 """
 
 import fcntl
@@ -9,7 +10,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from opensora.step import write_json
 
 SPOOL, SENT, REJECTED = "spool.jsonl", "sent.json", "rejected.jsonl"
 LOCK = "lock"  # beside a spool, held by whoever sends it
+SYSTEM = "system"  # folder beside a run's spool: the spool of its system metrics
 CHUNK = 1 << 20  # bytes read at once
 MEMORY = 100_000  # records kept while the disk takes none
 log = logging.getLogger(__name__)
@@ -54,6 +56,18 @@ class SpoolWriter:
                     self._said = True
                     log.warning("tracking: %s: %s; records wait in memory, training goes on", self.path, error.strerror)
 
+    def append_all(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write all of the records or none.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+        with self._lock:
+            if self._file is None:
+                self._file = self._open()
+            self._write(lines)
+
     def close(self) -> int:
         """Returns how many records the disk never took."""
         with self._lock:
@@ -71,7 +85,7 @@ class SpoolWriter:
         return file
 
     def _write(self, line: bytes) -> None:
-        """All of the line or none."""
+        """All of the line, or lines, or none."""
         assert self._file is not None
         written = os.write(self._file, line)
         if written < len(line):
@@ -169,6 +183,11 @@ def read_rejected(place: Path) -> list[dict[str, Any]]:
 def find_spools(root: Path) -> list[Path]:
     """The folders of all spools below a results' root, WORKDIR/<profile>/.mlflow/<chain>/<step>."""
     return [path.parent for path in sorted(root.glob(f"*/.mlflow/*/*/{SPOOL}"))]
+
+
+def spools_of(place: Path) -> tuple[Path, Path]:
+    """The folders of a run's two spools: its records, and what its machine does."""
+    return place, place / SYSTEM
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """One process of a stage: what it is given by the job file, it turns into a trainer; rank 0 leaves the result."""
 
-import errno
 import json
 import logging
 import sys
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from opensora.config import Config, TrainConfig, UserError, build_config
 from opensora.process import end_with_parent
-from opensora.step import write_json
+from opensora.step import UNWRITABLE, write_json
 from opensora.training.stages import JOB, RESULT, STOPPED, Source
 from opensora.training.stop import Stopped, listen
 from opensora.weights import find_weights
@@ -169,9 +168,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in UNWRITABLE:
             raise
-        print("error: the disk is full; free some space and start again to resume", file=sys.stderr)
+        print(f"error: {UNWRITABLE[error.errno]} and start again to resume", file=sys.stderr)
         return 1
     return 0
 

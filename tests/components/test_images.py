@@ -16,7 +16,7 @@ from components.image_names import IMAGES
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "components" / "images"
-PINNED_HERE = {"psycopg2-binary", "flask-wtf"}  # for MLflow's server alone, which nobody runs in .venv
+PINNED_HERE = {"psycopg2-binary"}  # for MLflow's server alone; nothing in .venv needs PostgreSQL
 FROM_OTHERS = {"mlflow-skinny", "boto3", "click", "packaging"}  # parts of what the project names
 
 

@@ -1,6 +1,10 @@
 """The launcher of a stage on a cluster, as a component runs it: what goes wrong is the last line of its log."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +12,8 @@ import pytest
 
 from components.launch import Launch, launch
 from components.step import Job
-from tests.components.fake_cluster import FakeCluster, exited, serve
+from tests.components.fake_cluster import GPU, FakeCluster, exited, kubeconfig, serve
+from tests.conftest import ROOT
 
 dsl = pytest.importorskip("kfp.dsl", reason="the extra `kubeflow` is not installed")
 
@@ -43,18 +48,11 @@ class Stage:
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     from kubernetes import client, config
 
-    fake = FakeCluster(gpus=8 * NODES)
+    fake = FakeCluster()
+    fake.quota[GPU] = str(8 * NODES)
     with serve(fake) as url:
-        account = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "fake",
-            "clusters": [{"name": "fake", "cluster": {"server": url}}],
-            "users": [{"name": "fake", "user": {"token": "secret"}}],
-            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "fake"}}],
-        }
-        (tmp_path / "kubeconfig").write_text(json.dumps(account))
-        monkeypatch.setattr(config.kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        path = kubeconfig(tmp_path, url)
+        monkeypatch.setattr(config.kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))
         monkeypatch.setattr(client.Configuration, "_default", None)
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         for name in ("MLFLOW_TRACKING_URI", "OPENSORA_DATA_REVISION", "OPENSORA_REVISION"):
@@ -95,6 +93,45 @@ def test_a_job_ends_and_its_checkpoint_is_described(stage: Stage, capsys: pytest
     }
 
 
+def test_a_job_has_the_run_and_the_time_that_the_budget_pays_for(stage: Stage) -> None:
+    def ends(fake: FakeCluster) -> None:
+        stage.finish("train_image")
+        fake.condition("Complete", "all nodes finished")
+
+    stage.fake.steps = [ends]
+    stage.launch("train_image.steps=1", budget=2560)
+    (job,) = stage.fake.jobs.values()
+    assert job["metadata"]["labels"]["opensora/run"] == "run-1"
+    assert job["spec"]["activeDeadlineSeconds"] == 10 * 3600  # 128 GPUs at $2
+
+
+def test_a_terminated_launcher_whose_log_nobody_reads_deletes_its_job(stage: Stage) -> None:
+    """As on a cluster: KFP's own process, which reads the log, gets the same signal and is gone first."""
+    code = f"""
+from components.launch import Launch, launch
+from components.step import Job
+job = Job("h800", ["train_image.processes={8 * NODES}"], {str(stage.folder)!r}, "raw-1", "0123abc")
+launch("train_image", [], job, Launch("image", "", 0.0, "run-1"), None, None)
+"""
+    environment = os.environ | {"KUBECONFIG": str(stage.folder / "kubeconfig"), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout
+        lines = iter(process.stdout.readline, "")
+        assert any("is made" in line for line in lines)  # it follows the job
+        assert stage.fake.jobs
+        process.stdout.close()
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
+    finally:
+        process.kill()
+        process.wait(timeout=60)
+    assert stage.fake.calls[-1].startswith("delete train-image-")
+    assert not stage.fake.jobs
+
+
 def test_node_13_of_16_failed(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(fake: FakeCluster) -> None:
         for node in range(NODES):
@@ -115,11 +152,26 @@ def test_node_13_of_16_failed(stage: Stage, capsys: pytest.CaptureFixture[str]) 
     )
 
 
+def test_what_a_new_start_would_repeat_ends_with_its_code(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(fake: FakeCluster) -> None:
+        fake.pod(0, exited(2))
+        fake.log(0, "error: train_image.lr must be above 0")
+        fake.condition("Failed", "job node-0 failed")
+
+    stage.fake.steps = [fails]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            stage.launch()
+        assert end.value.code == 42
+        assert last_line(capsys).endswith("a new start would fail again: error: train_image.lr must be above 0")
+    assert len(stage.fake.calls) == 2  # the retry tried to create, and left the failed job alone
+
+
 def test_a_profile_that_does_not_fit_the_queue(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
-    stage.fake.gpus = 64
+    stage.fake.quota[GPU] = "64"
     with pytest.raises(SystemExit):
         stage.launch()
-    assert "asks for 128 GPUs and queue opensora has 64" in last_line(capsys)
+    assert "never fits queue opensora: 16 nodes ask for 128 nvidia.com/gpu of 64 in flavor h800" in last_line(capsys)
     assert not stage.fake.calls
 
 

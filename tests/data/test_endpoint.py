@@ -87,7 +87,7 @@ def test_requests_wait_together_but_never_too_many() -> None:
 
     def script(request: Request) -> None:
         if not request.is_probe:
-            together.wait(20)  # passes when three are there
+            together.wait(60)  # passes when three are there
             assert taken <= request.number + 3  # no clip is read long before its turn
 
     with caption_server(script) as server:
@@ -122,10 +122,10 @@ def test_a_slow_answer_is_asked_for_again() -> None:
 
     def script(request: Request) -> None:
         if slow(request) and request.number == 1:
-            time.sleep(1.5)
+            time.sleep(8)
 
     with caption_server(script) as server:
-        answers = ask(config(server, request_timeout_s=0.7, concurrency=1))
+        answers = ask(config(server, request_timeout_s=4, concurrency=1))
     assert all(answer == Answer(name) for name, answer in answers.items())
     assert len(server.requests) == len(SCENES) + 1
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from opensora.data.executor import STATUS, run_shards
 from opensora.data.workers import advance, call_isolated
 from opensora.manifest import Clip, part_name, read_manifest, write_part
 from opensora.step import StepError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, killed_in_the_end
 
 KINDS = ("sequential", "pool", "ray")
 
@@ -52,7 +53,7 @@ def work(task: Task) -> None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         case "slow":
             time.sleep(60)
-    doubled = call_isolated(double, task.number, 20).value
+    doubled = call_isolated(double, task.number, 120).value
     write_part(task.part, [Clip(f"{task.number}-{row}", "x", frames=doubled or 0) for row in range(2)])
     advance()
     advance()
@@ -74,8 +75,17 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path(__file__).parent}")
 
 
+@pytest.fixture(scope="module")
+def ended_ray() -> Iterator[None]:
+    """It would take a gigabyte until all tests are done."""
+    yield
+    import ray
+
+    ray.shutdown()
+
+
 @pytest.fixture
-def started(request: pytest.FixtureRequest, importable: None) -> None:
+def started(request: pytest.FixtureRequest, importable: None, ended_ray: None) -> None:
     """A Ray that runs already, for tests by Ray; one for all, as starting takes seconds."""
     import ray
 
@@ -170,16 +180,18 @@ def test_a_stopped_run_leaves_whole_parts_no_processes_and_goes_on(tmp_path: Pat
     child = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
-    while not all((folder / part_name(index)).with_suffix(".tried").exists() for index in range(4)):
-        assert child.poll() is None
-        time.sleep(0.05)
-    os.kill(child.pid, number)
-    _, said = child.communicate(timeout=30)
-    assert said.count("Traceback") <= 1  # its own alone, not one a worker
-    deadline = time.monotonic() + 20
-    while group_is_alive(child.pid):
-        assert time.monotonic() < deadline, "a worker outlived the run"
-        time.sleep(0.1)
+    deadline = time.monotonic() + 240
+    with killed_in_the_end(child):
+        while not all((folder / part_name(index)).with_suffix(".tried").exists() for index in range(4)):
+            assert child.poll() is None
+            assert time.monotonic() < deadline, "not every shard was begun"
+            time.sleep(0.05)
+        os.kill(child.pid, number)
+        _, said = child.communicate(timeout=120)
+        assert said.count("Traceback") <= 1  # its own alone, not one a worker
+        while group_is_alive(child.pid):
+            assert time.monotonic() < deadline, "a worker outlived the run"
+            time.sleep(0.1)
     assert sorted(path.name for path in folder.glob("*.parquet*")) == [part_name(0), part_name(1)]
     run_shards(work, tasks(folder), ExecutorConfig(), 2, "working")
     assert len(read_manifest(folder)) == 8

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,26 +194,25 @@ def test_a_full_gpu_halves_the_batch_and_says_so_once(
         ask(model, frames)
 
 
-def claim(count: int, pipe: Any) -> None:
-    index, handle = claim_gpu(count)
+def claim(count: int, folder: Path, pipe: Any) -> None:
+    index, handle = claim_gpu(count, folder)
     pipe.send((index, handle is not None))
     pipe.recv()
 
 
-def test_processes_claim_gpus_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_processes_claim_gpus_of_their_own(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    index, held = claim_gpu(2)
+    index, held = claim_gpu(2, tmp_path)
     assert (index, held is not None) == (0, True)
     ours, theirs = context.Pipe()
-    process = context.Process(target=claim, args=(2, theirs))
+    process = context.Process(target=claim, args=(2, tmp_path, theirs))
     process.start()
+    assert ours.poll(120)
     assert ours.recv() == (1, True)
-    third, free = claim_gpu(2)
+    third, free = claim_gpu(2, tmp_path)
     assert third in (0, 1)
     assert free is None
     process.kill()
     process.join()
-    again, taken = claim_gpu(2)
+    again, taken = claim_gpu(2, tmp_path)
     assert (again, taken is not None) == (1, True)

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Container
+from contextlib import suppress
 from itertools import islice
 
 import psutil
@@ -33,7 +34,12 @@ def read(
 
 def readers_now() -> set[psutil.Process]:
     children = psutil.Process().children(recursive=True)
-    return {child for child in children if "spawn_main" in " ".join(child.cmdline())}
+    found = set()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.add(child)
+    return found
 
 
 def same(one: list[dict], other: list[dict]) -> bool:
@@ -101,6 +107,6 @@ def test_workers_leave_ctrl_c_to_the_training_process(data: LatentDataset, capfd
         os.kill(reader.pid, number)
     assert same(first + list(islice(batches, 50)), read(data, steps=51))
     batches.close()
-    psutil.wait_procs([reader], timeout=20)
+    psutil.wait_procs([reader], timeout=60)
     assert not reader.is_running()
     assert capfd.readouterr().err == ""

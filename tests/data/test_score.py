@@ -20,7 +20,7 @@ from opensora.data.judge import apply_thresholds, judge
 from opensora.manifest import Clip, part_name, read_manifest, read_part, read_table, write_part
 from opensora.step import Report, StepError
 from opensora.weights import WeightsError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, killed_in_the_end
 from tests.data.made_clips import Made, encode, write_split
 from tests.data.tiny_clip import build_clip, build_linear_head
 
@@ -250,14 +250,18 @@ def test_a_killed_run_goes_on_where_it_was(split: Path, tmp_path: Path) -> None:
     os.mkfifo(tar)  # whoever opens it waits for ever
     (tmp_path / "program.py").write_text(PROGRAM)
     child = subprocess.Popen(
-        [sys.executable, str(tmp_path / "program.py"), str(split)], env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, str(tmp_path / "program.py"), str(split)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
     cache = tmp_path / ".cache" / "score"
-    while len(list(cache.glob("*.parquet"))) < 3:
-        assert child.poll() is None
-        time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    deadline = time.monotonic() + 240
+    with killed_in_the_end(child):
+        while len(list(cache.glob("*.parquet"))) < 3:
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        child.send_signal(signal.SIGKILL)
     assert not (tmp_path / "score").exists()
     before = cached(split)
     tar.unlink()

@@ -21,7 +21,7 @@ def work(task: str) -> str:
 
 def test_every_task_has_one_outcome() -> None:
     tasks = ["a", "crash", "b", "raise", "hang", "c", "d"]
-    outcomes = {tasks[o.index]: o for o in run_tasks(work, tasks, workers=2, timeout_s=6)}
+    outcomes = {tasks[o.index]: o for o in run_tasks(work, tasks, workers=2, timeout_s=20)}
     assert {task: outcomes[task].value for task in "abcd"} == {"a": "A", "b": "B", "c": "C", "d": "D"}
     assert outcomes["raise"].failure == "bad item"
     assert outcomes["hang"].failure.startswith("timeout")

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.end_to_end.command import run
 from tests.s3 import s3_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # on a machine that does other things too
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +142,7 @@ def test_runs_are_in_mlflow_with_a_parent_and_a_child_a_stage(project: Path) -> 
         assert found[name].info.status == "FINISHED"
     assert "loss" in found["train_video"].data.metrics
     assert client.list_artifacts(found["evaluate"].info.run_id, "samples/train_video")
+    metrics = json.loads((project / "runs" / "smoke" / "evaluate" / "metrics.json").read_text())
+    recorded = {name: value for name, value in found["evaluate"].data.metrics.items() if not name.startswith("system/")}
+    assert recorded == {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    assert "prompt_following_seen" in recorded

@@ -13,7 +13,7 @@ from opensora.chain import ALL_STEPS
 from tests.conftest import ROOT
 
 pytest.importorskip("kfp", reason="the extra `kubeflow` is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # on a machine that does other things too
 
 
 def run_local(name: str, workdir: Path, *options: str) -> str:
@@ -25,7 +25,7 @@ def run_local(name: str, workdir: Path, *options: str) -> str:
         env=env | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1500,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]

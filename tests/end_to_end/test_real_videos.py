@@ -13,6 +13,7 @@ from tests.shared import shared
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_real_videos_go_through_the_same_chain(tmp_path: Path) -> None:
     source = shared("videos")
     command = ["opensora", "run", "--profile", "smoke", "--source", str(source), "--workdir", str(tmp_path)]

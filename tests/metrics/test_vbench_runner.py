@@ -119,9 +119,9 @@ def test_its_own_prompts(environment: str, tmp_path: Path, videos: Path) -> None
 
 def test_a_dimension_that_hangs_costs_itself_alone(environment: str, tmp_path: Path, videos: Path) -> None:
     out = tmp_path / "out"
-    outcome = run_vbench(environment, videos, out, ["scene", "dynamic_degree"], timeout_s=5)
+    outcome = run_vbench(environment, videos, out, ["scene", "dynamic_degree"], timeout_s=20)
     assert outcome.scores == {"dynamic_degree": 0.25}
-    assert "took longer than 5 s" in outcome.absent["scene"]
+    assert "took longer than 20 s" in outcome.absent["scene"]
     pids = [int(pid) for pid in (out / "pids").read_text().split()]
     limit = time.monotonic() + 60
     while not all(is_gone(pid) for pid in pids) and time.monotonic() < limit:

@@ -56,6 +56,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setenv("KFP_TOKEN", "secret")
     for name in ("KFP_TOKEN_FILE", "KFP_HOST", "KFP_PAGE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     monkeypatch.setattr(remote, "ROOT", tmp_path / "code")
     monkeypatch.chdir(tmp_path)
     fake = FakeKfp(token="secret")
@@ -73,7 +74,7 @@ def test_a_run_is_submitted_looked_at_and_cancelled(desk: Desk) -> None:
         "code_revision": desk.commit,
         "image": f"registry.example/opensora-python-train@sha256:{'0' * 64}",  # of the nodes of training
     }
-    assert run["service_account"] == "pipeline-runner"
+    assert run["service_account"] == "default-editor"
     assert run["display_name"].startswith(f"full {desk.commit[:9]} ")
     assert desk.fake.experiments["opensora"]["namespace"] == "opensora"
     spec = json.dumps(run["pipeline_spec"])

@@ -36,12 +36,13 @@ class MlflowServer:
             place.bind(("127.0.0.1", 0))
             self.port = place.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
+        self.artifacts = folder / "artifacts"
         self.database = f"sqlite:///{folder / 'mlflow.db'}"
         environment = os.environ | {
             "_MLFLOW_SERVER_FILE_STORE": self.database,
             "_MLFLOW_SERVER_REGISTRY_STORE": self.database,
             "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(self.artifacts),
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
@@ -71,11 +72,29 @@ class MlflowServer:
                 time.sleep(0.02)
         raise AssertionError("the MLflow server does not start")
 
+    def start_warm(self) -> None:
+        """The same, and wait for its first real answer, which takes longer than a client waits."""
+        self.start()
+        with urlopen(f"{self.uri}/api/2.0/mlflow/registered-models/search", timeout=LIMIT_S) as answer:
+            assert answer.status == 200
+
     def kill(self) -> None:
         """As the kernel does when memory is short."""
         if self._child:
             os.kill(self._child, signal.SIGKILL)
+            self._wait_until_gone()
             self._child = 0
+
+    def _wait_until_gone(self) -> None:
+        """Its port is free then; the process that forked it does not wait for it."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            try:
+                os.kill(self._child, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.01)
+        raise AssertionError("the killed server is still there")
 
     def close(self) -> None:
         """End it for good."""

@@ -23,6 +23,15 @@ SECRETS = [
     ("aws.secretAccessKey", "hunter2", "hunter2"),
     ("hub.token", "hunter2", "hunter2"),
     ("db_password", "hunter2", "hunter2"),
+    ("db.pwd", "hunter2", "hunter2"),
+    ("wandb_key", "hunter2", "hunter2"),
+    ("wandbKey", "hunter2", "hunter2"),
+    ("store", "postgresql://eva:hunter2/b@db/mlflow", "hunter2"),
+    ("store", "postgresql://eva:a/hunter2@db/mlflow", "hunter2"),
+    ("store", "https://eva:p@ss/hunter2@host:5000/x", "hunter2"),
+    ("store", "https://eva:p@hunter2?a#b:c@host/x", "hunter2"),
+    ("url", "http://host/?a=1&pwd=hunter2", "hunter2"),
+    ("note", "first http://one:80/x,http://eva:a@hunter2/b@two/x", "hunter2"),
 ]
 PLAIN = [
     ("encode.max_tokens", "120"),
@@ -34,6 +43,11 @@ PLAIN = [
     ("uri", "sqlite:////runs/mlflow.db"),
     ("caption.endpoint", "http://host:8000/v1?model=llava&keys=2"),
     ("prompt", "a key on a table, 3:4@home"),
+    ("hub.revision", "hf://datasets/owner/name@v1/a.csv"),
+    ("image", "registry:5000/opensora-train@sha256:12ab"),
+    ("model.key_size", "64"),
+    ("keyboard", "qwerty"),
+    ("uris", "http://a:80/x,https://b:8443/y z@w"),
     ("git_commit", "302d18e6f0a94c1f8a4d6f0a94c1f8a4d6f0a94c"),
 ]
 
@@ -50,6 +64,8 @@ def test_the_rest_stays(name: str, value: str) -> None:
 
 def test_an_address_keeps_its_host() -> None:
     assert redact("http://u:p@mlflow:5000/x?token=a&b=1") == "http://***@mlflow:5000/x?token=***&b=1"
+    assert redact("postgresql://u:a/b@db:5432/mlflow") == "postgresql://***@db:5432/mlflow"
+    assert redact("http://one:80/x,http://u:p@two/y") == "http://one:80/x,http://***@two/y"
 
 
 def test_no_credential_is_spooled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

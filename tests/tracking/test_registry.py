@@ -18,12 +18,12 @@ from opensora.tracking.registry import (
     ensure_model,
     find_version,
     lost_champion,
-    model_version_path,
     move_champion,
     register,
     versions,
 )
 from opensora.tracking.store import connect
+from opensora.tracking.version_files import model_version_path
 from tests.conftest import ROOT
 
 
@@ -35,6 +35,14 @@ def default_store(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
+
+
+def test_a_password_in_the_address_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://eva:hunter2@127.0.0.1:9")
+    for ask in (champion, versions, lost_champion):
+        with pytest.raises(RegistryError, match=r"at http://\*\*\*@127\.0\.0\.1:9 does not answer") as error:
+            ask(tmp_path, "m")
+        assert "hunter2" not in str(error.value)
 
 
 def test_asking_a_store_that_is_not_there_does_not_make_it(tmp_path: Path) -> None:
@@ -71,6 +79,11 @@ def test_a_version_is_found_again_by_its_checkpoint(root: Path, tmp_path: Path) 
     (found,) = versions(root, "again")
     assert found.tags["score"] == "2"
     assert adopt(root, "again", {"checkpoint.sha256": "b"}) is None
+    twice = register(root, "again", tmp_path, tags)  # as two machines do that promote it at the same moment
+    assert adopt(root, "again", tags | {"previous_champion": "none"}) == version
+    assert adopt(root, "again", tags | {"previous_champion": version}) == version
+    (_, first) = versions(root, "again")
+    assert (twice, first.tags["previous_champion"]) == ("2", "none")  # nothing comes after itself
 
 
 def test_the_alias_moves_only_from_where_it_was(root: Path, tmp_path: Path) -> None:
@@ -101,7 +114,7 @@ def test_one_at_a_time_holds_the_lock_of_a_registry(root: Path) -> None:
     inside, most, done = [], [], []
 
     def work(name: str) -> None:
-        with registry_lock(root, "busy", name, settle_s=1.0, stale_s=60) as check:
+        with registry_lock(root, "busy", name, settle_s=3.0, stale_s=60) as check:
             inside.append(name)
             most.append(len(inside))
             check()

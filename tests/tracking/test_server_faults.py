@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from opensora.config import UserError
 from opensora.step import write_json
 from opensora.track_cli import track
 from opensora.tracking.drain import Drain, look
-from opensora.tracking.spool import SpoolWriter, read_marks, read_rejected
+from opensora.tracking.spool import SYSTEM, SpoolWriter, count_records, read_marks, read_rejected
 from opensora.tracking.store import StoreAway
 from opensora.tracking.tracker import Tracker
 from tests.conftest import ROOT
+from tests.tracking import nvidia_smi
 from tests.tracking.broken_servers import answering, hanging, losing_answers
 from tests.tracking.mlflow_server import MlflowServer
 
@@ -139,7 +141,7 @@ def test_an_answer_that_is_lost_makes_nothing_twice(
                 break
             except StoreAway:
                 continue
-        assert drain.reader.sent == drain.reader.path.stat().st_size
+        assert drain.readers[0].sent == drain.readers[0].path.stat().st_size
         assert drain.rejected == 0
     wanted = (
         "runs/create",
@@ -296,6 +298,41 @@ def test_replay_sends_what_a_killed_run_left(server: MlflowServer, use: Callable
     status = CliRunner().invoke(track, ["status", "--workdir", str(tmp_path)]).stdout
     assert status.splitlines()[-1].split()[1:] == ["103", "0", "1"]  # the torn line is set aside
     assert CliRunner().invoke(track, ["replay", "--workdir", str(tmp_path)]).stdout.startswith("0 spools sent")
+
+
+def test_what_the_machine_does_is_sent_once_though_the_server_was_down(
+    server: MlflowServer, use: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    nvidia_smi.install(tmp_path / "bin", monkeypatch, ["0, 97, 61440, 81920, 612.34, 700.00"])
+    use("http://127.0.0.1:9")
+    tracker = begin(tmp_path)
+    system = tracker.place / SYSTEM
+    with suppress(KeyboardInterrupt), tracker:
+        wait_until(lambda: count_records(system) > 2)
+        raise KeyboardInterrupt
+    stopped = count_records(system)
+    assert look(tmp_path, tracker.place).unsent == stopped + 2  # its start and its end
+    use(server.uri)
+    with begin(tmp_path) as again:
+        assert again.place == tracker.place
+        wait_until(lambda: count_records(system) > stopped and sum(read_marks(system).values()) > 0)
+    state = look(tmp_path, tracker.place)
+    assert (state.unsent, state.rejected) == (0, 0)
+    samples = [json.loads(line) for line in (system / "spool.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == list(range(len(samples)))
+    assert samples[0]["values"]["system/gpu_0_power_usage_watts"] == 612.3
+    (child,) = of_chain(server, tracker.place)["train_image"]
+    assert child.info.status == "FINISHED"
+    client = MlflowClient(server.uri)
+    for name in ("system/cpu_utilization_percentage", "system/gpu_0_utilization_percentage"):
+        points = [
+            (point.step, point.timestamp, point.value) for point in client.get_metric_history(child.info.run_id, name)
+        ]
+        assert sorted(points) == [(sample["step"], sample["time"], sample["values"][name]) for sample in samples]
+    kinds = [json.loads(line)["kind"] for line in (tracker.place / "spool.jsonl").read_text().splitlines()]
+    assert kinds == ["start", "status"] * 2  # no line of another process among those of the training
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from opensora.config import Config, load_config
 from opensora.step import write_json
 from opensora.training.journal import Journal
 from opensora.training.stages import JOB, Source, run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, killed_in_the_end
 from tests.training.rank import train_as
 
 STAGE = "train_video"
@@ -40,8 +42,9 @@ def train(values: Config, encoded: Path, base: Path, before: Path | None = None)
     return base / "smoke" / STAGE
 
 
-def start(values: Config, encoded: Path, base: Path) -> tuple[subprocess.Popen, Path]:
-    """The same in a process of its own; returns it and its work folder."""
+@contextmanager
+def started(values: Config, encoded: Path, base: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """The same in a process of its own, and its work folder; what is left of it is killed in the end."""
     code = (
         "import sys, json; from pathlib import Path; from opensora.config import build_config;"
         "from opensora.training.stages import Source, run; from opensora.config import UserError\n"
@@ -51,8 +54,9 @@ def start(values: Config, encoded: Path, base: Path) -> tuple[subprocess.Popen, 
         "except UserError as error: print(error); sys.exit(error.exit_code)"
     )
     command = [sys.executable, "-c", code, values.model_dump_json(), str(encoded), str(base)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment), base / "smoke" / ".partial" / STAGE
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
+    with killed_in_the_end(process):
+        yield process, base / "smoke" / ".partial" / STAGE
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

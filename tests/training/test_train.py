@@ -22,8 +22,9 @@ from opensora.tracking.lineage import lineage
 from opensora.training.stages import JOB, Source, run
 from opensora.training.stop import Stopped
 from opensora.training.train import learning_rate
-from tests.conftest import ROOT
+from tests.conftest import ROOT, killed_in_the_end
 from tests.training.runs import (
+    LIMIT_S,
     STEPS,
     config,
     final_weights,
@@ -31,7 +32,7 @@ from tests.training.runs import (
     losses,
     prepare,
     same,
-    start,
+    started,
     stopped_at,
     train,
     wait_for_losses,
@@ -60,10 +61,8 @@ def test_a_stopped_run_ends_like_one_never_stopped(
 
 def test_a_damaged_checkpoint_is_set_aside(reference: Path, encoded: Path, tmp_path: Path) -> None:
     values = config("train_video.keep_checkpoints=3")
-    process, work = start(values, encoded, tmp_path)
-    wait_for_step(work, 6)
-    process.kill()
-    process.wait()
+    with started(values, encoded, tmp_path) as (_, work):
+        wait_for_step(work, 6)
     newest = sorted((work / "checkpoints").glob("step-*"))[-1]
     with (newest / "model.safetensors").open("r+b") as handle:
         handle.seek(-8, os.SEEK_END)
@@ -95,9 +94,10 @@ def test_ctrl_c_ends_in_one_line_and_a_checkpoint(encoded: Path, tmp_path: Path)
         command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     record = tmp_path / "smoke" / ".partial" / "train_image" / "losses.jsonl"
-    wait_for_losses(record.parent, 3)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all; test_launch sends SIGTERM to one
-    _, errors = process.communicate(timeout=90)
+    with killed_in_the_end(process):
+        wait_for_losses(record.parent, 3)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all; test_launch sends SIGTERM to one
+        _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert "error: stopped by SIGINT after a checkpoint; start again to resume" in errors
     assert "Traceback" not in errors
@@ -109,12 +109,12 @@ def test_ctrl_c_ends_in_one_line_and_a_checkpoint(encoded: Path, tmp_path: Path)
 
 def test_a_killed_launcher_takes_its_processes_along(encoded: Path, tmp_path: Path) -> None:
     values = config("train_video.processes=2", "train_video.batch_size=2", "train_video.steps=100000")
-    process, work = start(values, encoded, tmp_path)
-    wait_for_step(work, 3)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    with started(values, encoded, tmp_path) as (process, work):
+        wait_for_step(work, 3)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
 
 
@@ -149,10 +149,11 @@ def test_micro_batches_equal_a_larger_batch(encoded: Path, tmp_path: Path) -> No
 
 def test_a_full_disk_ends_the_run_and_a_new_start_resumes(encoded: Path, tmp_path: Path) -> None:
     values = config("train_video.steps=120")
-    process, work = start(values, encoded, tmp_path)
-    wait_for_step(work, 3)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 15, resource.RLIM_INFINITY))  # as if no space were left
-    assert process.wait(90) == 1
+    with started(values, encoded, tmp_path) as (process, work):
+        wait_for_step(work, 3)
+        limit = (1 << 15, resource.RLIM_INFINITY)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)  # as if no space were left
+        assert process.wait(LIMIT_S) == 1
     kept = [path.name for path in (work / "checkpoints").iterdir()]
     assert len(kept) == 1  # whole, and nothing half-written beside it
     assert 3 <= int(kept[0].removeprefix("step-")) < 120
@@ -229,10 +230,8 @@ def test_a_stage_trains_with_iddpm_and_resumes_exactly(encoded: Path, tmp_path: 
     recorded = [loss for _, loss in losses(whole)]
     assert len(recorded) == STEPS
     assert all(0.5 < loss < 30 for loss in recorded)  # a new model predicts no noise: mse about 1, and the bound
-    process, work = start(values, encoded, tmp_path / "stopped")
-    wait_for_step(work, 2)
-    process.kill()
-    process.wait()
+    with started(values, encoded, tmp_path / "stopped") as (_, work):
+        wait_for_step(work, 2)
     same(whole, train(values, encoded, tmp_path / "stopped"))
 
 

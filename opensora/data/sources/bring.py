@@ -19,7 +19,7 @@ def bring(url: str, target: Path, config: DownloadConfig, stopped: threading.Eve
 
     Raises:
         DownloadError: the recorded reason.
-        OSError: the disk is full.
+        OSError: nothing can be written any more (`step.UNWRITABLE`).
     """
     if is_platform(url):
         fetch_platform(url, target, config)

@@ -1,6 +1,5 @@
 """One file over HTTP: taken up where it broke, whole or not at all under its name, never from a private address."""
 
-import errno
 import random
 import re
 import threading
@@ -14,6 +13,7 @@ from opensora.data.retry_after import read_date, read_retry_after
 from opensora.data.sources.addresses import RefusedError, open_session
 from opensora.data.sources.partial import BLOCK, DownloadError, Partial, Version, check_size
 from opensora.data.sources.uri import without_secrets
+from opensora.step import UNWRITABLE
 
 BACK_OFF_S = 0.5  # before the second try; doubles, and a random half of it is left out
 MAX_BACK_OFF_S = 60.0
@@ -48,7 +48,7 @@ def fetch(
 
     Raises:
         DownloadError: "refused: …", "dead link: …", "too large: …" or "download failed: …".
-        OSError: the disk is full.
+        OSError: nothing can be written any more (`step.UNWRITABLE`).
     """
     from urllib3.exceptions import HTTPError
 
@@ -61,7 +61,7 @@ def fetch(
         except RefusedError as error:
             raise DownloadError(f"refused: {error}") from None
         except (OSError, HTTPError, _Again) as error:  # requests' own errors are OSErrors
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            if isinstance(error, OSError) and error.errno in UNWRITABLE:
                 raise
             tries = 0 if file.size > most >= 0 else tries + 1
             most = max(most, file.size)

@@ -48,7 +48,7 @@ def bring_from_hub(url: str, target: Path, config: DownloadConfig, stopped: thre
 
     Raises:
         DownloadError: the recorded reason.
-        OSError: the disk is full.
+        OSError: nothing can be written any more (`step.UNWRITABLE`).
     """
     from huggingface_hub import get_token, hf_hub_url
     from huggingface_hub.constants import is_offline_mode

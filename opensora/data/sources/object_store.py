@@ -1,6 +1,5 @@
 """Videos in object stores, by fsspec: listed below a folder, and brought with what a stopped run left."""
 
-import errno
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import IO
 from opensora.config import DownloadConfig
 from opensora.data.sources.item import CAPTIONS, VIDEOS, Item
 from opensora.data.sources.partial import BLOCK, DownloadError, Partial, Version, check_size
-from opensora.step import StepError
+from opensora.step import UNWRITABLE, StepError
 
 VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime")
 
@@ -45,7 +44,7 @@ def bring_object(url: str, target: Path, config: DownloadConfig, stopped: thread
 
     Raises:
         DownloadError: the recorded reason.
-        OSError: the disk is full.
+        OSError: nothing can be written any more (`step.UNWRITABLE`).
     """
     import fsspec
 
@@ -71,7 +70,7 @@ def bring_object(url: str, target: Path, config: DownloadConfig, stopped: thread
     except ValueError as error:  # fsspec: an unknown protocol
         raise DownloadError(f"download failed: {error}") from None
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in UNWRITABLE:
             raise
         raise DownloadError(f"download failed: {error}") from None
     if file.size != size:

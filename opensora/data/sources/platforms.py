@@ -1,5 +1,6 @@
 """Videos of platforms that give no file at a URL, such as YouTube's: brought by yt-dlp, an extra."""
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,11 +10,11 @@ from urllib.parse import urlsplit
 from opensora.config import DownloadConfig
 from opensora.data.sources.partial import DownloadError, check_size
 from opensora.data.sources.uri import WEB, scheme
+from opensora.step import UNWRITABLE
 
 HOSTS = {"youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com"}
 # Pictures of 720 lines are enough for clips of 512; sound is not needed.
 FORMAT = "bv*[height<=720][ext=mp4]/bv*[height<=720]/b[height<=720]/b"
-FULL = "No space left on device"
 
 
 def is_platform(url: str) -> bool:
@@ -29,7 +30,7 @@ def fetch_platform(url: str, target: Path, config: DownloadConfig) -> None:
 
     Raises:
         DownloadError: yt-dlp is not installed, or its last line.
-        OSError: the disk is full.
+        OSError: nothing can be written any more (`step.UNWRITABLE`).
     """
     if target.is_file():
         return
@@ -45,8 +46,9 @@ def fetch_platform(url: str, target: Path, config: DownloadConfig) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=config.file_timeout_s, check=False)
     except subprocess.TimeoutExpired:
         raise DownloadError(f"download failed: not done after {config.file_timeout_s:g} s") from None
-    if FULL in done.stderr:
-        raise OSError(28, FULL)
+    for number in UNWRITABLE:
+        if os.strerror(number) in done.stderr:
+            raise OSError(number, os.strerror(number))
     files = [path for path in folder.glob("video.*") if path.suffix not in (".part", ".ytdl")]
     if done.returncode or not files:
         said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1].removeprefix("ERROR: ")

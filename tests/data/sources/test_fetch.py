@@ -1,5 +1,7 @@
 """One file over HTTP: resumed where it broke, whole or absent, and never from a private address."""
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +13,8 @@ import pytest
 from opensora.config import DownloadConfig
 from opensora.data.sources import fetch as module
 from opensora.data.sources.fetch import fetch
-from opensora.data.sources.partial import DownloadError
+from opensora.data.sources.partial import DownloadError, Partial
+from tests.small_disk import small_disk
 
 CONTENT = bytes(range(256)) * 4000
 CONFIG = DownloadConfig(allow_private_hosts=True, retries=2, timeout_s=5)
@@ -145,3 +148,25 @@ def test_bytes_of_another_place_are_not_taken(server: str, tmp_path: Path, monke
     with pytest.raises(DownloadError, match=r"sent bytes 299993-.* for the bytes from 300000; starting over"):
         fetch(f"{server}/x", tmp_path / "x", CONFIG.model_copy(update={"retries": 1}))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_no_bad_download(
+    number: int, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Partial, "append", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        fetch(f"{server}/x", tmp_path / "x", CONFIG)
+    assert caught.value.errno == number
+    assert len(Cutting.requests) == 1  # no other try
+
+
+def test_a_full_disk_is_told_and_what_came_stays(server: str, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "128k") as disk:
+        with pytest.raises(OSError, match="No space left") as caught:
+            fetch(f"{server}/x", disk / "x", CONFIG)
+        assert caught.value.errno == errno.ENOSPC
+        assert not (disk / "x").exists()

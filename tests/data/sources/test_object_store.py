@@ -1,6 +1,8 @@
 """Objects of a bucket: listed with their captions, taken up where a stopped run left, not read again when unchanged."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,17 @@ def test_objects_that_cannot_be_had(bucket: Any, tmp_path: Path) -> None:
         with pytest.raises(DownloadError, match=said):
             bring_object(url, tmp_path / "y.mp4", CONFIG)
     assert not (tmp_path / "y.mp4").exists()
+
+
+def test_a_disk_that_takes_nothing_is_no_bad_object(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put_object(Bucket="films", Key="z.mp4", Body=b"z")
+    for number in (errno.EDQUOT, errno.EROFS):
+
+        def refuse(*_: object, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Partial, "append", refuse)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            bring_object("s3://films/z.mp4", tmp_path / "z.mp4", CONFIG)
