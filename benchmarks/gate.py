@@ -21,10 +21,13 @@ import torch
 from benchmarks.measure import save
 from opensora.clip_file import write_clip
 from opensora.config import Gate, Primary, PromoteConfig, load_config
+from opensora.evaluation import METRICS_VERSION
+from opensora.evaluation.records import hash_models
 from opensora.models.stdit import STDiT
 from opensora.promote import preview, run
 from opensora.promotion.paired import paired_interval
 from opensora.step import write_json
+from opensora.tracking.lineage import lineage
 from opensora.tracking.store import connect
 from opensora.training.checkpoint import read_info, save_checkpoint, stdit_config
 
@@ -45,6 +48,7 @@ def candidate(base: Path, seed: int, right: int) -> None:
         (base / "demo_models" / name).mkdir(parents=True, exist_ok=True)
     info = {"config": config.model_dump(mode="json"), "stage": STAGE, "vae_scale": 4}
     info |= {"vae": "demo_models/vae", "text_encoder": "demo_models/t5"}
+    info["lineage"] = lineage() | {"data_revision": "benchmark"}
     folder = save_checkpoint(base / STAGE / "checkpoints", step=700, model=state, ema=state, info=info)
     evaluate = base / "evaluate"
     samples = evaluate / "samples" / STAGE
@@ -52,13 +56,15 @@ def candidate(base: Path, seed: int, right: int) -> None:
     frames = np.random.default_rng(seed).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
     for number in range(PROMPTS):
         write_clip(samples / f"{number:03d}", frames, 8)
-    metrics = {"following": right / PROMPTS, "fd": 10.0, "metrics_version": 1, "fd_extractor": "randconv"}
-    metrics |= {"samples_per_stage": PROMPTS, "checkpoint_sha256": read_info(folder)["sha256"]}
+    metrics = {"following": right / PROMPTS, "fd": 10.0, "metrics_version": METRICS_VERSION, "fd_extractor": "randconv"}
+    metrics |= {"samples_per_stage": PROMPTS, "extractors": "randconv", "distances": {}, "evaluation_sha256": "e"}
+    metrics |= {"checkpoint_sha256": read_info(folder)["sha256"], "models_sha256": hash_models(info, folder, base)}
     write_json(evaluate / "metrics.json", metrics)
     scores = [{"follows": int(number < right)} for number in range(PROMPTS)]
     prompts, seeds = [f"prompt {number}" for number in range(PROMPTS)], list(range(PROMPTS))
     stages = {STAGE: scores}
-    write_json(evaluate / "scores.json", {"metrics_version": 1, "prompts": prompts, "seeds": seeds, "stages": stages})
+    record = {"metrics_version": METRICS_VERSION, "prompts": prompts, "seeds": seeds, "stages": stages}
+    write_json(evaluate / "scores.json", record)
 
 
 def timed(call: object, *arguments: object) -> float:
@@ -70,14 +76,13 @@ def timed(call: object, *arguments: object) -> float:
 
 def main() -> None:
     """Measure, print and keep it."""
-    os.environ["OPENSORA_DATA_REVISION"] = "benchmark"
     torch.set_num_threads(1)
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         connect(root).search_registered_models()  # a new database is migrated, once
-        inputs = (root / "demo" / "evaluate", root / "demo" / STAGE, root / "demo" / "encode")
+        inputs = (root / "demo" / "evaluate", root / "demo" / STAGE)
         for name, seed, right in (("first model", 1, 40), ("refused", 2, 42), ("accepted", 3, 60)):
             candidate(root / "demo", seed, right)
             if name != "first model":

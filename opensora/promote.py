@@ -7,7 +7,13 @@ from pathlib import Path
 
 from opensora.config import PromoteConfig
 from opensora.evaluation.files import BESIDE, hash_evaluation
-from opensora.promotion.evidence import find_candidate, read_candidate, read_champion, why_rolled_back
+from opensora.promotion.evidence import (
+    find_candidate,
+    read_candidate,
+    read_champion,
+    registered_models,
+    why_rolled_back,
+)
 from opensora.promotion.gate import Candidate, Champion, judge
 from opensora.promotion.keep import keep
 from opensora.promotion.report import describe
@@ -109,7 +115,9 @@ def open_case(config: PromoteConfig, profile: str, evaluate: Path, train: Path, 
 def decide(case: Case) -> tuple[dict, Champion | None]:
     """The gate's verdict on the candidate, and the champion beside which it was judged."""
     known = version_of(case.root, case.model, case.candidate.sha256)
-    candidate = replace(case.candidate, rolled_back=why_rolled_back(known) if known else "")
+    candidate = case.candidate
+    if known:
+        candidate = replace(candidate, rolled_back=why_rolled_back(known), registered_models=registered_models(known))
     before = read_champion(case.root, case.model, case.evaluate, candidate.evaluation, case.stage)
     checks = judge(case.config, candidate, before)
     verdict = {

@@ -49,7 +49,7 @@ MAX_CHARACTERS = 10_000  # of a prompt; the text encoder reads some hundred toke
 # What the code inside imports, pinned to the versions that saved it; a test compares.
 REQUIREMENTS = (
     *("av", "beautifulsoup4", "diffusers", "ftfy", "mlflow", "numpy", "opencv-python-headless", "pandas", "pillow"),
-    *("protobuf", "psutil", "pydantic", "pyyaml", "requests", "rich", "safetensors", "sentencepiece", "torch"),
+    *("protobuf", "psutil", "pydantic", "pyyaml", "rich", "safetensors", "sentencepiece", "torch"),
     "transformers",
 )
 SIGNATURE = ModelSignature(

@@ -222,12 +222,12 @@ def test_the_champion_beside_the_candidate_counts_before_what_was_recorded(place
 
 
 def test_the_vae_and_the_text_encoder_are_judged_too(place: Place) -> None:
-    place.candidate(1, 20)
+    sha256 = place.candidate(1, 20)
     vae = place.base / "demo_models" / "vae"
     (weights,) = vae.glob("*.safetensors")
     good = weights.read_bytes()
     weights.unlink()
-    assert "vae is" in failed(place.promote())["artifact"]
+    assert "vae has sha256" in failed(place.promote())["artifact"]
     weights.write_bytes(bytes(len(good)))
     assert "put its files back" in failed(place.promote())["artifact"]
     vae.rename(hidden := vae.with_name("hidden"))
@@ -236,6 +236,10 @@ def test_the_vae_and_the_text_encoder_are_judged_too(place: Place) -> None:
     weights.write_bytes(good)
     assert place.promote()["version"] == "1"
 
+    with (vae / "config.json").open("a") as handle:
+        handle.write("\n")
+    make_evaluation(place.base, sha256, 20)  # of the same checkpoint with another VAE
+    assert "when this checkpoint was registered" in failed(place.promote())["artifact"]
     place.candidate(2, 20)
     assert place.promote()["version"] == "2"
     two, one = (Path(version.tags["checkpoint.uri"]).parent for version in versions(place.root, MODEL))

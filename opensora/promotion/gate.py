@@ -61,6 +61,7 @@ class Candidate:
     evaluation: Evaluation
     artifact_problem: str = ""  # why its files are not those of `sha256`
     models_sha256: Mapping[str, str] = field(default_factory=dict)  # of VAE and text encoder, as they are now
+    registered_models: Mapping[str, str] = field(default_factory=dict)  # of its version, if it has one already
     sample_problem: str = ""  # why no clip of it can be looked at
     evaluated_sha256: str = ""  # of the checkpoint that the evaluation is of; empty: not recorded
     rolled_back: str = ""  # that somebody took it back, and why
@@ -126,14 +127,19 @@ def _artifact(candidate: Candidate) -> Check:
     then, now = candidate.evaluation.metrics.get("models_sha256"), candidate.models_sha256
     if not isinstance(then, Mapping) or not then:
         return Check("artifact", False, f"metrics.json does not say which VAE and text encoder made its clips; {again}")
-    if changes := [
-        f"{name} is {_short(now.get(name))} now and was {_short(then.get(name))} when it was evaluated"
-        for name in sorted({*then, *now})
-        if now.get(name) != then.get(name)
-    ]:
-        return Check("artifact", False, f"{'; '.join(changes)} (sha256): put its files back, or {again}")
+    if changes := _changes(then, now):
+        return Check("artifact", False, f"{changes} when it was evaluated: put its files back, or {again}")
+    if candidate.registered_models and (changes := _changes(candidate.registered_models, now)):
+        advice = "put its files back and evaluate again, or train a checkpoint with the new ones"
+        return Check("artifact", False, f"{changes} when this checkpoint was registered: {advice}")
     whole = f"every file was read and hashed: sha256 {_short(candidate.sha256)}"
     return Check("artifact", True, f"{whole}; with the {' and '.join(sorted(then))} of its evaluation")
+
+
+def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which of VAE and text encoder are others than they were."""
+    names = [name for name in sorted({*then, *now}) if now.get(name) != then.get(name)]
+    return "; ".join(f"{name} has sha256 {_short(now.get(name))} and had {_short(then.get(name))}" for name in names)
 
 
 def _signature(candidate: Candidate, champion: Champion | None) -> Check:

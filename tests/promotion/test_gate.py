@@ -97,8 +97,15 @@ TABLE = {
         GATES,
         replace(GOOD, models_sha256=MODELS | {"vae": "w"}),
         OLD,
-        {"artifact": "vae is w now and was v when it was evaluated"},
+        {"artifact": "vae has sha256 w and had v when it was evaluated"},
     ),
+    "registered with another VAE": (
+        GATES,
+        replace(GOOD, registered_models=MODELS | {"vae": "w"}),
+        OLD,
+        {"artifact": "vae has sha256 v and had w when this checkpoint was registered"},
+    ),
+    "registered with the same": (GATES, replace(GOOD, registered_models=MODELS), OLD, {}),
     "VAE and text encoder not recorded": (
         GATES,
         candidate(models_sha256=None),
@@ -109,7 +116,7 @@ TABLE = {
         GATES,
         candidate(models_sha256={"vae": "v"}),
         None,
-        {"artifact": "text_encoder is t now and was None"},
+        {"artifact": "text_encoder has sha256 t and had None"},
     ),
     "candidate changed": (
         GATES,
