@@ -78,7 +78,7 @@ class Cluster:
                 if now - since > self.patience_s:
                     raise JobError(
                         f"the cluster's API did not answer for {self.patience_s:.0f} s ({_short(error)}); "
-                        "start the step again: it follows the same job"
+                        "try again: a job that runs goes on meanwhile"
                     ) from error
                 self.sleep(wait)
                 wait = min(wait * 2, 30.0)
@@ -179,13 +179,17 @@ class Cluster:
         lines = (line.partition(" ") for line in (text or "").splitlines())
         return [(stamp, words) for stamp, _, words in lines]
 
-    def warning(self, objects: list[str], since: datetime) -> str:
-        """The newest warning that controllers gave of objects of these names; empty where there is none."""
+    def warning(self, objects: list[str], since: datetime, reason: str = "") -> str:
+        """The newest warning that controllers gave of objects of these names; empty where there is none.
+
+        Args:
+            reason: the only one that counts; empty: any.
+        """
         found: list[Any] = []
         for name in objects:
             chosen = f"involvedObject.name={name},type=Warning"
             events = self._look(self._core.list_namespaced_event, self.namespace, field_selector=chosen)
-            found += events.items if events else []
+            found += [event for event in events.items if reason in ("", event.reason)] if events else []
         newest = max(found, key=_time_of, default=None)
         return f"{newest.reason}: {newest.message}" if newest is not None and _time_of(newest) >= since else ""
 

@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from components.step import PARAMS, Job, check, describe, fail, log_metrics, params_file, reason_last, track, tracking
+from components.step import (
+    PARAMS,
+    Job,
+    check,
+    describe,
+    fail,
+    log_metrics,
+    on_cluster,
+    params_file,
+    reason_last,
+    track,
+    tracking,
+)
 
 if TYPE_CHECKING:
     from opensora.config import Config
@@ -44,7 +56,7 @@ def launch(stage: str, inputs: Sequence[Any], job: Job, how: Launch, checkpoint:
             print(f"{stage} is finished with these values: nothing to train")
         else:
             paid_s = check_budget(config, stage, how.budget_dollars)
-            if how.image and "KUBERNETES_SERVICE_HOST" in os.environ:
+            if how.image and on_cluster():
                 _on_cluster(config, stage, job, how, paid_s)
             else:
                 _on_this_machine(config, stage, job)

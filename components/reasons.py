@@ -89,7 +89,8 @@ def why_waiting(job: Mapping[str, Any], nodes: int, pods: list[Any], cluster: Cl
         for found in pod.status.conditions or []:
             if found.type == "PodScheduled" and found.status == "False":
                 return Waiting(f"a pod finds no place: {_line(found.message or found.reason)}", stuck=True)
-    if len(alive) < nodes and (said := cluster.warning([name, f"{name}-node-0"], since)):  # JobSet's Job of the pods
+    # Of JobSet's Job of the pods. What else is said of it while pods are fewer is how the try before ended.
+    if len(alive) < nodes and (said := cluster.warning([name, f"{name}-node-0"], since, "FailedCreate")):
         return Waiting(f"its pods cannot be made: {_line(said)}", stuck=True)
     return None
 

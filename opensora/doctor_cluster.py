@@ -22,7 +22,7 @@ TASKS = {
 }
 # What steps do under SERVICE_ACCOUNT: group, resource or resource/subresource, name ("" for all), verbs.
 RIGHTS = (
-    ("trainer.kubeflow.org", "trainjobs", "", ("create", "get", "list", "watch", "patch", "delete")),
+    ("trainer.kubeflow.org", "trainjobs", "", ("create", "get", "list", "patch", "delete")),
     ("kueue.x-k8s.io", "localqueues", "", ("get",)),
     ("kueue.x-k8s.io", "workloads", "", ("list",)),
     ("", "pods", "", ("list",)),
@@ -225,10 +225,10 @@ def _pool(pool: str, nodes: Sequence[Any], needed: Mapping[str, str]) -> Finding
 
 
 def _requests(runtime: Mapping[str, Any]) -> dict[str, str]:
-    """What a pod of training takes of a node."""
-    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    return container["resources"]["requests"]
+    """What a pod of training takes of a node: its first container; a limit without a request is the request, too."""
+    job = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]
+    resources = job["template"]["spec"]["template"]["spec"]["containers"][0].get("resources") or {}
+    return (resources.get("limits") or {}) | (resources.get("requests") or {})
 
 
 def _flavor(

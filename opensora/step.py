@@ -99,7 +99,7 @@ def lock_file(path: Path, shared: bool = False) -> IO[str] | None:
     Args:
         shared: others may hold it in the same way.
     """
-    handle = path.open("w")
+    handle = path.open("w+")  # NFS shares a lock only with those who may read the file
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:

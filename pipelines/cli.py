@@ -150,6 +150,8 @@ def submit(
     loose = compile_pipeline(name, compiled, names, {}, cache=not no_cache)
     if loose:
         raise PipelineError(f"images not pinned by digest: {', '.join(loose)}; give --images FILE, of `make images`")
+    if name in ("training", "full") and not values.get("image"):
+        raise PipelineError("no image for the nodes of training; give --images with the train image, or -p image=…")
     title = f"{name} {commit[:9]} {datetime.now():%Y-%m-%d %H:%M}"
     run_id = remote.submit(host, namespace, compiled, values, experiment, title)
     print(f"run {run_id}\n{remote.url(page or host, run_id)}")

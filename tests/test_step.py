@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora.step import Report, StepError, StepFolder, fingerprint, read_report, write_json
+from opensora.step import Report, StepError, StepFolder, fingerprint, lock_file, read_report, write_json
 from tests.conftest import ROOT
 from tests.small_disk import small_disk
 
@@ -39,6 +39,15 @@ def test_two_processes_cannot_work_on_one_step(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="another process is working on"):
         StepFolder(tmp_path / "step", "key").open()
     first.finish(Report("step"))
+
+
+def test_a_lock_can_be_shared_on_nfs_too(tmp_path: Path) -> None:
+    """Its client gives a shared lock only to a file that is open for reading."""
+    for shared in (True, False):
+        handle = lock_file(tmp_path / f"{shared}.lock", shared)
+        assert handle is not None
+        assert handle.readable()
+        handle.close()
 
 
 def test_an_unfinished_step_is_named(tmp_path: Path) -> None:

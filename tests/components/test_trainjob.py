@@ -218,7 +218,7 @@ def test_an_api_that_stays_away_ends_the_launcher_and_not_the_job(story: Story) 
     def gone(fake: FakeCluster) -> None:
         fake.failures = [503] * 100_000
 
-    with pytest.raises(JobError, match="follows the same job"):
+    with pytest.raises(JobError, match="a job that runs goes on"):
         story.run(starts, gone)
     assert JOB.name in story.fake.jobs
 
@@ -302,6 +302,15 @@ def test_a_warning_of_a_job_before_or_of_another_time_is_no_reason(story: Story,
     story.fake.created = datetime.now(UTC) - timedelta(seconds=job_age_s)
     story.run(old, lambda fake: None, starts, ends, stuck_s=0)
     assert "exceeded quota" not in "\n".join(story.said)
+
+
+def test_how_the_try_before_ended_is_no_reason_for_pods_that_are_still_going(story: Story) -> None:
+    def restarts(fake: FakeCluster) -> None:
+        fake.condition("Suspended", status="False")
+        fake.warn(f"{JOB.name}-node-0", "BackoffLimitExceeded", "Job has reached the specified backoff limit")
+
+    story.run(restarts, lambda fake: None, starts, ends, stuck_s=0)
+    assert "cannot be made" not in "\n".join(story.said)
 
 
 def test_a_refusal_of_the_api_is_told(story: Story) -> None:

@@ -262,6 +262,12 @@ def test_the_quota_holds_the_nodes_it_is_for(overlay: str) -> None:
         assert quota >= wanted, f"{name}: {quota} is less than {wanted}, what {nodes} nodes ask for"
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_room_is_privileged(overlay: str) -> None:
+    for namespace in documents(overlay, "Namespace"):
+        assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] in ("baseline", "restricted")
+
+
 def test_h800_is_the_published_sixty_four_gpus() -> None:
     runtime, pod = named("h800", "ClusterTrainingRuntime", "opensora"), training_pod("h800")["spec"]
     per_node = int(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
@@ -271,7 +277,6 @@ def test_h800_is_the_published_sixty_four_gpus() -> None:
     assert int(env["PET_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     assert "NCCL_IB_HCA" in env
     assert "NCCL_IB_DISABLE" not in env
-    assert pod["containers"][0]["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
 
 
 def test_secrets_are_named_and_never_held() -> None:
@@ -312,5 +317,6 @@ def test_an_overlay_is_one_file_and_that_of_a_site_keeps_the_tree_clean() -> Non
     """`pipeline submit` refuses a tree that differs from its commit: a site's values are no difference."""
     for path in (path for path in (K8S / "overlays").iterdir() if path.name != "site"):
         assert [file.name for file in path.iterdir()] == ["kustomization.yaml"], path
-    ignored = ["git", "-C", str(ROOT), "check-ignore", "--quiet", "k8s/overlays/site/kustomization.yaml"]
-    assert subprocess.run(ignored, timeout=60, check=False).returncode == 0
+    for path in ("k8s/overlays/site/kustomization.yaml", "object-store.env"):
+        ignored = ["git", "-C", str(ROOT), "check-ignore", "--quiet", path]
+        assert subprocess.run(ignored, timeout=60, check=False).returncode == 0, path

@@ -114,6 +114,10 @@ def test_a_tree_that_differs_from_its_commit_is_refused_unless_allowed(desk: Des
 
 def test_nothing_is_sent_that_cannot_be_repeated_or_read(desk: Desk) -> None:
     assert "images not pinned by digest: opensora-python-data; give --images" in desk.fail("submit", "training")
+    data_alone = desk.folder / "data.json"
+    of_tasks = {name: image for name, image in json.loads(desk.images.read_text()).items() if "train" not in name}
+    data_alone.write_text(json.dumps(of_tasks))
+    assert "no image for the nodes of training; give" in desk.fail("submit", "training", "--images", str(data_alone))
     assert "unknown pipeline 'ful'; one of data" in desk.fail("submit", "ful", "--images", str(desk.images))
     assert "has no parameter 'share'; did you mean shares" in desk.fail("submit", "full", "-p", "share=3")
     assert "--images nowhere.json: " in desk.fail("submit", "full", "--images", "nowhere.json")
