@@ -22,7 +22,7 @@ from benchmarks.measure import save
 from opensora.clip_file import write_clip
 from opensora.config import Gate, Primary, PromoteConfig, load_config
 from opensora.evaluation import METRICS_VERSION
-from opensora.evaluation.records import hash_models
+from opensora.evaluation.hashes import hash_models
 from opensora.models.stdit import STDiT
 from opensora.promote import preview, run
 from opensora.promotion.paired import paired_interval
@@ -57,7 +57,13 @@ def candidate(base: Path, seed: int, right: int) -> None:
     for number in range(PROMPTS):
         write_clip(samples / f"{number:03d}", frames, 8)
     metrics = {"following": right / PROMPTS, "fd": 10.0, "metrics_version": METRICS_VERSION, "fd_extractor": "randconv"}
-    metrics |= {"samples_per_stage": PROMPTS, "extractors": "randconv", "distances": {}, "evaluation_sha256": "e"}
+    metrics |= {
+        "samples_per_stage": PROMPTS,
+        "shape": "4x32x32, interval 1",
+        "extractors": "randconv",
+        "distances": {},
+        "evaluation_sha256": "e",
+    }
     metrics |= {"checkpoint_sha256": read_info(folder)["sha256"], "models_sha256": hash_models(info, folder, base)}
     write_json(evaluate / "metrics.json", metrics)
     scores = [{"follows": int(number < right)} for number in range(PROMPTS)]

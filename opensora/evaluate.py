@@ -3,20 +3,21 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opensora.clip_file import contact_sheet
+from opensora.clip_file import contact_sheet, read_note
 from opensora.config import Config
 from opensora.demo.shapes import COLOURS, held_out_scenes
 from opensora.evaluation.champion import Champion, find_champion
+from opensora.evaluation.files import METRICS, SCORES
+from opensora.evaluation.hashes import hash_models
 from opensora.evaluation.measuring import Findings, measure_all
 from opensora.evaluation.plan import Data, Plan, make_plan
 from opensora.evaluation.plots import write_plots
-from opensora.evaluation.records import champion_record, hash_models, metrics_record, scores_record
+from opensora.evaluation.records import champion_record, metrics_record, scores_record
 from opensora.evaluation.sampling import Weights
 from opensora.evaluation.scores import Measured
 from opensora.gallery import write_gallery
@@ -57,19 +58,25 @@ def run(
     plan = make_plan(config.evaluate, data, weights or {}, output.parent / CACHE)
     references = {name: plan.reference(checkpoint) for name, checkpoint in checkpoints.items()}
     models = {name: hash_models(one.info, one.folder, plan.cache) for name, one in checkpoints.items()}
-    champion = find_champion(root, model_name(config.profile))
-    opponent = _opponent(champion, list(checkpoints.values())[-1].sha256, output)
+    champion = find_champion(root, model_name(config.profile), plan.cache)
+    opponent = _opponent(champion)
     made_of = (
         config.evaluate.model_dump(exclude={"processes"}),
         [plan.identity(reference) for reference in references.values()],
         {name: checkpoint.sha256 for name, checkpoint in checkpoints.items()},
         models,
         dict(extra),
-        opponent,
     )
-    folder = StepFolder(output, fingerprint(*made_of))
-    if folder.is_done() and not _is_back(champion, list(checkpoints.values())[-1].sha256, output):
-        return read_report(output)
+    folder = StepFolder(output, fingerprint(*made_of, opponent))
+    last, candidate = list(checkpoints.items())[-1]
+    if before := _read_whole(output, last):
+        if champion and champion.sha256 == candidate.sha256:
+            # A candidate that became champion keeps the evaluation that it was judged by.
+            judged_by = StepFolder(output, fingerprint(*made_of, before["compared_with"]))
+            if judged_by.is_done() or folder.is_done():
+                return read_report(output)
+        elif folder.is_done() and not _is_back(champion, before):
+            return read_report(output)
     work = folder.open()
     (work / "parts").mkdir(exist_ok=True)
     settings = {"evaluate": config.evaluate.model_dump()}
@@ -88,37 +95,41 @@ def run(
     return folder.finish(Report("evaluate", total=count, kept=count, metrics=numbers))
 
 
-def _opponent(found: Champion | None, candidate: str, output: Path) -> str:
-    """What the step's fingerprint says of the champion; empty where there is none.
+def _opponent(found: Champion | None) -> str:
+    """What the step's fingerprint says of the champion; empty where there is none."""
+    return " ".join([found.sha256, *found.models.values(), found.unavailable]).strip() if found else ""
 
-    A candidate that became champion keeps the evaluation that it was judged by.
+
+def _read_whole(output: Path, stage: str) -> dict[str, Any] | None:
+    """metrics.json of an evaluation of which all that others read can be read; None if something is lost or damaged.
+
+    Args:
+        stage: the last one, whose clips the gate looks at and a version keeps.
     """
-    if found is None:
-        return ""
-    if found.sha256 == candidate:
-        with suppress(OSError, ValueError, KeyError):
-            return json.loads((output / "metrics.json").read_text())["compared_with"]
-    return f"{found.sha256} {found.unavailable}".strip()
+    try:
+        metrics, scores = (json.loads((output / name).read_text()) for name in (METRICS, SCORES))
+        for number in range(len(scores["prompts"])):
+            (clip,) = (output / "samples" / stage).glob(f"{number:03d}.*")
+            read_note(clip)
+        return metrics if "compared_with" in metrics else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _is_back(found: Champion | None, candidate: str, output: Path) -> bool:
+def _is_back(found: Champion | None, before: Mapping[str, Any]) -> bool:
     """Whether the champion lacks in a finished evaluation, where it could not generate, and can be loaded now.
 
     What it lacked, memory or its VAE, may be there now. The candidate's clips are kept, and are not made again.
     """
-    if found is None or found.checkpoint is None or found.sha256 == candidate:
-        return False
-    with suppress(OSError, ValueError):
-        return "champion_unavailable" in json.loads((output / "metrics.json").read_text())
-    return True
+    return found is not None and found.checkpoint is not None and "champion_unavailable" in before
 
 
 def _write(
     profile: str, plan: Plan, found: Findings, metrics: dict[str, Any], stages: Mapping[str, Path], work: Path
 ) -> None:
     """All files but the samples: for the gate, for DVC, and for those who look."""
-    write_json(work / "metrics.json", metrics)
-    write_json(work / "scores.json", scores_record(plan, found))
+    write_json(work / METRICS, metrics)
+    write_json(work / SCORES, scores_record(plan, found))
     if champion := champion_record(metrics, found):
         write_json(work / "champion.json", champion)
     curves = {name: _losses(path) for name, path in stages.items()}

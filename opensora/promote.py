@@ -7,11 +7,11 @@ from pathlib import Path
 
 from opensora.config import PromoteConfig
 from opensora.evaluation.files import BESIDE, hash_evaluation
+from opensora.evaluation.hashes import registered_models
 from opensora.promotion.evidence import (
     find_candidate,
     read_candidate,
     read_champion,
-    registered_models,
     why_rolled_back,
 )
 from opensora.promotion.gate import Candidate, Champion, judge

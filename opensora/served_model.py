@@ -237,7 +237,8 @@ def _write(folder: Path, checkpoint: Checkpoint, embed_models: bool) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file())
+    """All but notes, which no model reads: one that is edited makes no other model of it; see `hash_folder`."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,13 +1,15 @@
 """The registry's champion beside the candidate: the same prompts and seeds, from its kept evaluation or made anew."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from opensora.config import UserError
 from opensora.data.reuse import link_file
 from opensora.evaluation.files import METRICS, SCORES, hash_evaluation
-from opensora.evaluation.plan import Plan
+from opensora.evaluation.hashes import hash_models, registered_models
+from opensora.evaluation.reference import Reference
 from opensora.evaluation.scores import Measured
 from opensora.tracking.redact import redact
 from opensora.tracking.registry import (
@@ -19,7 +21,7 @@ from opensora.tracking.registry import (
 )
 from opensora.tracking.store import store_name, tracking_uri
 from opensora.tracking.version_files import model_version_path
-from opensora.training.checkpoint import Checkpoint, describe_checkpoint
+from opensora.training.checkpoint import Checkpoint, describe_checkpoint, locate
 
 NAME = "champion"  # in the place of a stage's name
 SQLITE = "sqlite:///"
@@ -30,9 +32,11 @@ class Champion:
     """The version that users get now.
 
     Attributes:
-        checkpoint: None if it cannot be loaded.
+        checkpoint: None if it cannot be loaded, or not with the VAE and the text encoder that it was registered with.
+        models: hashes of its VAE and text encoder as they are now; see `hash_models`.
         kept: folder of its own evaluation, made when it was promoted; None if it is gone or somebody changed it.
         measured: None while it has still to generate.
+        reference: real clips that its own are compared with; None while nobody asked.
         identity: of its evaluation; see `Plan.identity`.
         unavailable: why there is nothing to compare with.
     """
@@ -40,14 +44,21 @@ class Champion:
     version: str = ""
     sha256: str = ""
     checkpoint: Checkpoint | None = None
+    models: dict[str, str] = field(default_factory=dict)
     kept: Path | None = None
     measured: Measured | None = None
+    reference: Reference | None = None
     identity: str = ""
     unavailable: str = ""
 
 
-def find_champion(root: Path, model: str) -> Champion | None:
-    """The model's champion, or None if it has none yet. What is wrong with it is said in `unavailable`."""
+def find_champion(root: Path, model: str, memory: Path) -> Champion | None:
+    """The model's champion, or None if it has none yet. What is wrong with it is said in `unavailable`.
+
+    Args:
+        root: folder of all results.
+        memory: folder that remembers hashes of large files; see `hash_folder`.
+    """
     store = tracking_uri(root)
     if store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists():
         return None  # asking would make the file, which takes seconds
@@ -61,9 +72,22 @@ def find_champion(root: Path, model: str) -> Champion | None:
     sha256 = found.tags.get(CHECKPOINT_SHA256, "")
     try:
         checkpoint = describe_checkpoint(model_version_path(f"models:/{model}/{found.version}", root))
-    except UserError as error:
+        models = hash_models(checkpoint.info, checkpoint.folder, memory)
+    except (UserError, OSError) as error:
         return Champion(found.version, sha256, unavailable=str(error))
-    return Champion(found.version, sha256, checkpoint, _kept(found))
+    if changes := _changes(checkpoint, registered_models(found), models):
+        return Champion(found.version, sha256, models=models, unavailable=changes)
+    return Champion(found.version, sha256, checkpoint, models, _kept(found))
+
+
+def _changes(checkpoint: Checkpoint, registered: Mapping[str, str], models: Mapping[str, str]) -> str:
+    """Which of VAE and text encoder are others than the version was registered with; empty if none is."""
+    return "; ".join(
+        f"{locate(checkpoint.info[name], checkpoint.folder)} has sha256 {models[name][:12]}, and the version was "
+        f"registered with {name} {before[:12]}; put those files back"
+        for name, before in registered.items()
+        if models[name] != before
+    )
 
 
 def _kept(version: Version) -> Path | None:
@@ -103,9 +127,8 @@ def read_kept(folder: Path, stage: str, height: int, identity: str, work: Path) 
     return Measured(files, scores, own, height, distances=distances)
 
 
-def kept_measures(found: Champion, plan: Plan, work: Path) -> Measured | None:
-    """The champion's own evaluation, if it has one that was made as `plan` says."""
-    if found.kept is None or found.checkpoint is None:
+def kept_measures(found: Champion, work: Path) -> Measured | None:
+    """The champion's own evaluation, if it has one that was made as `found.identity` says."""
+    if found.kept is None or found.checkpoint is None or found.reference is None:
         return None
-    reference = plan.reference(found.checkpoint)
-    return read_kept(found.kept, found.checkpoint.stage, reference.shape.height, plan.identity(reference), work)
+    return read_kept(found.kept, found.checkpoint.stage, found.reference.shape.height, found.identity, work)

@@ -70,8 +70,9 @@ def measure_all(
     texts = work / "parts" / "text"
     if champion:
         champion = _meet(champion, candidate, plan, work)
-        if champion.checkpoint and not champion.measured and champion.sha256 != candidate.sha256:
-            makers[CHAMPION], against[CHAMPION] = champion.checkpoint, plan.reference(champion.checkpoint)
+        generates = not champion.measured and champion.sha256 != candidate.sha256
+        if champion.checkpoint and champion.reference and generates:
+            makers[CHAMPION], against[CHAMPION] = champion.checkpoint, champion.reference
     clips = {name: plan.clips(checkpoint) for name, checkpoint in makers.items()}
     places = {name: (checkpoint.folder, clips[name]) for name, checkpoint in makers.items()}
     samples = sample_tasks(places, plan.pairs, texts, plan.config, plan.weights)
@@ -142,10 +143,11 @@ def _meet(champion: Champion, candidate: Checkpoint, plan: Plan, work: Path) -> 
     if champion.checkpoint is None:
         return champion
     checkpoint = champion.checkpoint
-    champion = replace(champion, identity=plan.identity(plan.reference(checkpoint)))
+    reference = plan.reference(checkpoint)
+    champion = replace(champion, reference=reference, identity=plan.identity(reference))
     if champion.sha256 == candidate.sha256:
         return champion
-    measured = kept_measures(champion, plan, work)
+    measured = kept_measures(champion, work)
     if measured is None:
         try:
             if missing(plan.clips(checkpoint), plan.pairs):

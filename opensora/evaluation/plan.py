@@ -7,6 +7,7 @@ from typing import Any
 from opensora.config import EvaluateConfig
 from opensora.data.reuse import hash_folder
 from opensora.evaluation import METRICS_VERSION
+from opensora.evaluation.hashes import hash_code, hash_models
 from opensora.evaluation.prompts import evaluation_prompts, read_benchmark
 from opensora.evaluation.reference import Reference, Shape, real_reference, rendered_reference
 from opensora.evaluation.sampling import Pair, Weights
@@ -55,7 +56,10 @@ class Plan:
         return real_reference(self.data.manifest, self.data.shards, count, shape, self.extractors)
 
     def identity(self, reference: Reference) -> str:
-        """Hash of prompts, seeds, settings, extractors and real clips: numbers of one hash compare."""
+        """Hash of prompts, seeds, settings, extractors and real clips: numbers of one hash compare.
+
+        Not of the code: METRICS_VERSION says where that makes numbers which do not compare.
+        """
         settings = self.config.model_dump(exclude=NOT_SETTINGS)
         shape = asdict(reference.shape)
         measured = [self.extractors, self.vbench, reference.key]
@@ -73,8 +77,8 @@ class Plan:
             CheckpointError: its VAE or its text encoder is missing.
         """
         settings = self.config.model_dump(exclude={*NOT_SETTINGS, "reference_clips"})
-        models = [hash_folder(folder, self.cache) for folder in (checkpoint.vae, checkpoint.text_encoder)]
-        key = fingerprint(METRICS_VERSION, settings, self.extractors, models)
+        models = hash_models(checkpoint.info, checkpoint.folder, self.cache)
+        key = fingerprint(METRICS_VERSION, settings, self.extractors, models, hash_code())
         return self.cache / CLIPS / f"{checkpoint.sha256[:16]}-{key[:16]}"
 
 

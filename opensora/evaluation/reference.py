@@ -17,6 +17,7 @@ from opensora.data.clip_reader import ClipError, read_crop
 from opensora.data.clip_table import ClipTable
 from opensora.data.shards import read_bytes
 from opensora.demo.shapes import all_scenes, parse_caption, render_clip
+from opensora.evaluation.hashes import hash_code
 from opensora.evaluation.kept import touch
 from opensora.evaluation.sampling import Weights, load_suite
 from opensora.step import fingerprint, write_json
@@ -40,6 +41,10 @@ class Shape:
     def of(cls, train: TrainConfig) -> "Shape":
         """What the stage was trained at."""
         return cls(train.frames, train.height, train.width, train.frame_interval)
+
+    def __str__(self) -> str:
+        """As in `16x512x512, interval 3`."""
+        return f"{self.frames}x{self.height}x{self.width}, interval {self.interval}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,12 @@ class Reference:
 
     def file(self, cache: Path) -> Path:
         """Where the features are kept: an array [N, D] by extractor."""
-        return cache / REFERENCE / f"{self.key}.npz"
+        return cache / REFERENCE / f"{self.name}.npz"
+
+    @property
+    def name(self) -> str:
+        """Of its files: another measure has other features of the same clips."""
+        return f"{self.key[:32]}-{hash_code()[:16]}"
 
 
 def rendered_reference(prompts: Sequence[str], shape: Shape, extractors: object) -> Reference:
@@ -148,7 +158,7 @@ class ReferenceTask:
     @property
     def result(self) -> Path:
         """Written last: the task is done when it is there."""
-        return self.folder / "parts" / f"reference-{self.reference.key[:16]}-{self.first:05d}.json"
+        return self.folder / "parts" / f"reference-{self.reference.name}-{self.first:05d}.json"
 
     def do(self) -> None:
         """Leave the features by extractor, a row for every clip that can be read."""

@@ -1,8 +1,9 @@
 """Clips of fixed prompts and seeds by one checkpoint, each measured where it was made, and kept.
 
-`.cache/evaluate/<checkpoint>-<settings>/` holds a clip and its row a prompt and seed, named by a hash of both. So they
-outlive the step's folder: a candidate is not sampled again because the champion is another one, because prompts were
-added, or when it has become the champion itself.
+`.cache/evaluate/<checkpoint>-<settings, code>/` holds a clip and its row a prompt and seed, named by a hash of both. So
+they outlive the step's folder: a candidate is not sampled again because the champion is another one, because prompts
+were added, or when it has become the champion itself. The step's folder links to the clips, and what writes into one
+there writes here: the row says which sha256 the clip had.
 """
 
 import json
@@ -19,6 +20,7 @@ from opensora.demo.shapes import detect, parse_caption
 from opensora.evaluation.share import keep_loaded
 from opensora.metrics.suite import Suite
 from opensora.step import fingerprint, write_json
+from opensora.weights import hash_file
 
 Weights = Mapping[str, Path | None]  # of extractors, by their name in the configuration
 Row = dict[str, Any]  # what became of one prompt; see `describe_sample`
@@ -57,7 +59,7 @@ class SampleTask:
         for pair, frames in zip(self.pairs, videos, strict=True):
             row = _row_file(self.folder, pair)
             path = write_clip(row.with_suffix(""), frames, how.fps, note=pair[0])
-            write_json(row, describe_sample(suite, pair[0], frames) | {"file": path.name})
+            write_json(row, describe_sample(suite, pair[0], frames) | {"file": path.name, "sha256": hash_file(path)})
 
 
 def load_suite(weights: Weights) -> Suite:
@@ -76,6 +78,8 @@ def sample_tasks(
 ) -> list[SampleTask]:
     """Tasks of `config.batch_size` prompts, checkpoint by checkpoint, for the clips that are not kept.
 
+    Rows of clips that are lost or damaged are removed, since a row says that its task is done.
+
     Args:
         makers: by stage the checkpoint, and the folder where its clips are kept.
         texts: folder of the prompts' embeddings.
@@ -85,6 +89,8 @@ def sample_tasks(
     for name, (checkpoint, folder) in makers.items():
         left = missing(folder, pairs) if folder not in seen else []
         seen.add(folder)
+        for pair in left:
+            _row_file(folder, pair).unlink(missing_ok=True)
         for first in range(0, len(left), config.batch_size):
             batch = tuple(left[first : first + config.batch_size])
             tasks.append(SampleTask(name, checkpoint, batch, folder, texts, config, weights))
@@ -99,7 +105,7 @@ def embed_prompts(checkpoint: Path, prompts: Sequence[str], texts: Path) -> None
 
 
 def missing(folder: Path, pairs: Iterable[Pair]) -> list[Pair]:
-    """Those whose clip or row is not kept, each once."""
+    """Those whose clip or row is not kept whole, each once. Reads the clips."""
     return [pair for pair in dict.fromkeys(pairs) if _read_row(folder, pair) is None]
 
 
@@ -119,10 +125,10 @@ def _row_file(folder: Path, pair: Pair) -> Path:
 
 
 def _read_row(folder: Path, pair: Pair) -> Row | None:
-    """None where the row is missing or damaged, or its clip is gone."""
+    """None where the row is missing or damaged, or its clip is gone, or another file."""
     try:
         row = json.loads(_row_file(folder, pair).read_text())
-        return row if (folder / row["file"]).is_file() else None
+        return row if hash_file(folder / row["file"]) == row["sha256"] else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -9,7 +9,7 @@ import av
 from opensora.config import UserError
 from opensora.data.video import read_frames
 from opensora.evaluation.files import BESIDE, METRICS, SCORES, hash_evaluation
-from opensora.evaluation.records import hash_models
+from opensora.evaluation.hashes import hash_models, models_tag
 from opensora.promotion.gate import SIGNATURE, Candidate, Champion, Evaluation
 from opensora.step import CACHE, StepError
 from opensora.tracking.registry import (
@@ -24,7 +24,7 @@ from opensora.tracking.registry import (
     lost_champion,
 )
 from opensora.tracking.version_files import FilesGone, checkpoint_folder, find_here
-from opensora.training.checkpoint import MODELS, SAMPLED, CheckpointError, find_newest, read_info
+from opensora.training.checkpoint import SAMPLED, CheckpointError, find_newest, read_info
 
 
 def find_candidate(train: Path) -> tuple[Path, dict]:
@@ -64,23 +64,13 @@ def read_candidate(checkpoint: Path, info: dict, evaluate: Path, profile: str) -
         problem = problem or str(error)
     return Candidate(
         sha256=info["sha256"],
-        tags=info.get("lineage", {}) | measured | known | {_tag(name): value for name, value in models.items()},
+        tags=info.get("lineage", {}) | measured | known | {models_tag(name): value for name, value in models.items()},
         evaluation=evaluation,
         artifact_problem=problem,
         models_sha256=models,
         sample_problem=_look_at_a_clip(evaluate / "samples" / info["stage"]),
         evaluated_sha256=str(evaluation.metrics.get("checkpoint_sha256", "")),
     )
-
-
-def _tag(model: str) -> str:
-    """Of a version: the hash of its VAE or text encoder; see `hash_models`."""
-    return f"{model}.sha256"
-
-
-def registered_models(version: Version) -> dict[str, str]:
-    """With which VAE and text encoder a version was registered: the same checkpoint with others is another model."""
-    return {name: version.tags[_tag(name)] for name in MODELS if _tag(name) in version.tags}
 
 
 def read_evaluation(folder: Path, stage: str) -> Evaluation:

@@ -15,7 +15,13 @@ PROMPTS = [f"prompt {number}" for number in range(48)]
 DISTANCES = {"fd": {"extractor": "randconv", "n": 48}}
 MODELS = {"vae": "v", "text_encoder": "t"}
 METRICS = {"metrics_version": METRICS_VERSION, "fd_extractor": "randconv", "samples_per_stage": 48}
-METRICS |= {"extractors": "randconv", "distances": DISTANCES, "evaluation_sha256": "e", "models_sha256": MODELS}
+METRICS |= {
+    "shape": "4x32x32, interval 1",
+    "extractors": "randconv",
+    "distances": DISTANCES,
+    "evaluation_sha256": "e",
+    "models_sha256": MODELS,
+}
 METRICS |= {"score": 0.8, "fd": 8.0}
 SCORES = [{"follows": int(number < 38)} for number in range(48)]
 NOW = Evaluation(METRICS, PROMPTS, list(range(48)), SCORES)
