@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from opensora.config import ConfigError, UserError, load_config
+from opensora.data.reuse import link_file
 from opensora.demo.shapes import Scene, all_scenes, render_clip
 from opensora.evaluate import run
 from opensora.evaluation import METRICS_VERSION
@@ -109,9 +110,9 @@ TINY = ("evaluate.batch_size=1", "evaluate.prompts=[a red circle moving up, a do
 ARGUMENTS = {"extra": {"caption_exact_match": 0.5}, "seconds": {"split": 2.0}, "peak_memory_mib": 7.0}
 
 
-def evaluate(base: Path) -> Report:
+def evaluate(base: Path, *settings: str) -> Report:
     """The step on the stage below `base`, which lies in the root of all results."""
-    config = load_config(ROOT / "params.yaml", "smoke", TINY)
+    config = load_config(ROOT / "params.yaml", "smoke", (*TINY, *settings))
     return run(config, {"train_video": base / "train_video"}, base / "evaluate", base.parent, **ARGUMENTS)
 
 
@@ -155,12 +156,9 @@ def test_the_step_leaves_metrics_scores_gallery_and_samples(first: Path) -> None
 
 
 def test_another_vae_is_another_evaluation(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def generate(*_: object) -> None:
-        raise StepError("generates")
-
     shutil.copytree(first.parent, tmp_path, dirs_exist_ok=True)
     base = tmp_path / "smoke"
-    monkeypatch.setattr("opensora.evaluate.measure_all", generate)
+    monkeypatch.setattr("opensora.evaluate.measure_all", _refuse)
     evaluate(base)  # nothing to do
     (weights,) = (base / "demo_models" / "vae").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -169,6 +167,46 @@ def test_another_vae_is_another_evaluation(first: Path, tmp_path: Path, monkeypa
     (newest,) = (base / "train_video" / "checkpoints").glob("step-*")
     before, now = results(first)["models_sha256"], hash_models(read_info(newest), newest, tmp_path)
     assert [before[name] == now[name] for name in ("vae", "text_encoder")] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "metrics.json").unlink(),
+        lambda folder: (folder / "scores.json").write_text("{"),
+        lambda folder: (folder / "samples" / "train_video" / "003.mp4").unlink(),
+    ],
+    ids=["metrics.json lost", "scores.json damaged", "a clip lost"],
+)
+def test_an_evaluation_that_lost_something_is_not_done(
+    first: Path, tmp_path: Path, spoil: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(first.parent, tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path / "smoke" / "evaluate")
+    monkeypatch.setattr("opensora.evaluate.measure_all", _refuse)
+    with pytest.raises(StepError, match="generates"):
+        evaluate(tmp_path / "smoke")
+
+
+def _refuse(*_: object) -> None:
+    raise StepError("generates")
+
+
+def test_a_clip_damaged_in_place_is_generated_again(first: Path, tmp_path: Path) -> None:
+    """The name in `samples/` and that in `.cache/` are of one file."""
+    shutil.copytree(first.parent, tmp_path, dirs_exist_ok=True)
+    base = tmp_path / "smoke"
+    clip = base / "evaluate" / "samples" / "train_video" / "000.mp4"
+    (kept,) = [path for path in (base / ".cache").rglob("*.mp4") if path.read_bytes() == clip.read_bytes()]
+    link_file(kept, clip)
+    before = states(base / ".cache" / "evaluate")
+    clip.write_bytes(b"no clip")
+    evaluate(base)
+    assert results(base) == results(first)
+    for path in (first / "evaluate" / "samples" / "train_video").iterdir():
+        assert (base / path.relative_to(first)).read_bytes() == path.read_bytes()
+    after = states(base / ".cache" / "evaluate")
+    assert {path for path in before if after[path] != before[path]} == {kept, kept.with_suffix(".json")}
 
 
 def test_a_stage_without_a_usable_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -235,8 +273,8 @@ def second(first: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     return base
 
 
-def _promote(root: Path, folder: Path) -> None:
-    tags = {"checkpoint.uri": str(folder), "checkpoint.sha256": read_info(folder)["sha256"]}
+def _promote(root: Path, folder: Path, **more: str) -> None:
+    tags = {"checkpoint.uri": str(folder), "checkpoint.sha256": read_info(folder)["sha256"]} | more
     version = register(root, "opensora-smoke", folder, tags)
     connect(root).set_registered_model_alias("opensora-smoke", "champion", version)
 
@@ -252,6 +290,7 @@ def test_a_champion_without_an_evaluation_generates_the_same_prompts(first: Path
     of = candidate["distances"]["fd_randconv"]
     assert of == {"extractor": "randconv", "sha256": "seed 20240318", "n": 4, "reference_n": 48}
     assert champion["metrics"]["distances"] == candidate["distances"]
+    assert champion["metrics"]["shape"] == candidate["shape"] == "4x32x32, interval 1"
     page = (second / "evaluate" / "gallery.html").read_text()
     assert page.count("<figcaption>champion version 1</figcaption>") == 4
 
@@ -282,22 +321,22 @@ def test_a_champions_own_evaluation_is_taken_if_it_was_made_alike(first: Path, s
 def test_a_champion_that_cannot_be_loaded_is_said(
     second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert find_champion(tmp_path / "empty", "opensora-smoke") is None
+    assert find_champion(tmp_path / "empty", "opensora-smoke", tmp_path) is None
     shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
     moved = tmp_path / "moved"
     shutil.copytree(next((second / "train_video" / "checkpoints").glob("step-*")), moved)
     _promote(tmp_path, moved)
     (moved / "ema.safetensors").write_bytes(b"")
-    found = find_champion(tmp_path, "opensora-smoke")
+    found = find_champion(tmp_path, "opensora-smoke", tmp_path)
     assert found is not None
     assert (found.version, found.checkpoint) == ("2", None)
     assert "ema.safetensors" in found.unavailable
     shutil.rmtree(moved)
-    found = find_champion(tmp_path, "opensora-smoke")
+    found = find_champion(tmp_path, "opensora-smoke", tmp_path)
     assert found is not None
     assert "holds no checkpoint any more" in found.unavailable
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    found = find_champion(tmp_path, "opensora-smoke")
+    found = find_champion(tmp_path, "opensora-smoke", tmp_path)
     assert found is not None
     assert "cannot be asked" in found.unavailable
 
@@ -336,6 +375,43 @@ def test_another_champion_costs_its_own_clips_alone(second: Path, first: Path, t
     assert before.items() < after.items()
     kept = {inode for inode, _ in before.values()}
     assert {path.stat().st_ino for path in (base / "evaluate" / "samples" / "train_video").iterdir()} <= kept
+
+
+def test_a_champion_with_another_vae_is_not_measured(second: Path, first: Path, tmp_path: Path) -> None:
+    """What it would make is another model's: nothing of it is left that somebody could take for the champion's."""
+    shutil.copytree(second.parent, tmp_path / "runs")
+    shutil.copytree(first, other := tmp_path / "other")
+    base, (folder,) = tmp_path / "runs" / "smoke", (other / "train_video" / "checkpoints").glob("step-*")
+    models = {f"{name}.sha256": value for name, value in hash_models(read_info(folder), folder, tmp_path).items()}
+    _promote(base.parent, folder, **models)
+    vae = other / "demo_models" / "vae" / "diffusion_pytorch_model.safetensors"
+    whole = vae.read_bytes()
+    vae.write_bytes(whole[:-64] + bytes(64))
+    evaluate(base)
+    now = hash_models(read_info(folder), folder, tmp_path)["vae"]
+    reason = f"{vae.parent} has sha256 {now[:12]}, and the version was registered with vae {models['vae.sha256'][:12]}"
+    assert reason in results(base)["champion_unavailable"]
+    assert not (base / "evaluate" / "champion.json").exists()
+
+    vae.write_bytes(whole)
+    evaluate(base)
+    assert "champion_unavailable" not in results(base)
+    champions = [json.loads((place / "evaluate" / "champion.json").read_text()) for place in (base, second)]
+    assert [found["version"] for found in champions] == ["2", "1"]
+    assert champions[0]["scores"] == champions[1]["scores"]
+
+
+def test_after_a_roll_back_the_candidate_is_compared_with_the_champion(second: Path, tmp_path: Path) -> None:
+    """Also where it was evaluated by other settings while it was the champion itself."""
+    shutil.copytree(second.parent, tmp_path, dirs_exist_ok=True)
+    base = tmp_path / "smoke"
+    beside = base / "evaluate" / "champion.json"
+    _promote(tmp_path, next((base / "train_video" / "checkpoints").glob("step-*2")))
+    evaluate(base, "evaluate.reference_clips=9")
+    assert json.loads(beside.read_text())["version"] == "2"
+    connect(tmp_path).set_registered_model_alias("opensora-smoke", "champion", "1")
+    evaluate(base, "evaluate.reference_clips=9")
+    assert json.loads(beside.read_text())["version"] == "1"
 
 
 def test_a_full_disk_is_nobodys_fault(checkpoint: Path, first: Path, tmp_path: Path) -> None:

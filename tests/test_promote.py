@@ -18,7 +18,7 @@ from opensora.evaluation.champion import find_champion
 from opensora.promote import preview, run
 from opensora.promotion.rollback import rollback
 from opensora.promotion.table import list_versions
-from opensora.step import StepError
+from opensora.step import CACHE, StepError
 from opensora.tracking.lineage import lineage
 from opensora.tracking.promotion_lock import LOCK_TAG
 from opensora.tracking.registry import RegistryError, champion, versions
@@ -477,7 +477,7 @@ def test_a_machine_that_shares_only_the_server_fetches_the_champion(
     folder = model_version_path(f"models:/{MODEL}@champion", place.root)
     assert folder.is_relative_to(place.root)
     assert describe_checkpoint(folder).sha256 == sha256
-    found = find_champion(place.root, MODEL)
+    found = find_champion(place.root, MODEL, place.base / CACHE)
     assert found
     assert found.checkpoint, found.unavailable
     assert (found.version, found.checkpoint.folder, found.kept) == ("1", folder, None)

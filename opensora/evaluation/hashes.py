@@ -14,7 +14,8 @@ from opensora.weights import hash_file
 PACKAGE = Path(__file__).parents[1]
 # Files and folders of the package that make a clip, its row, or the features of a real clip.
 SOURCES = (
-    *("generate.py", "diffusion", "models", "training/checkpoint.py", "clip_file.py", "data/cut.py"),
+    *("generate.py", "diffusion", "models", "training/checkpoint.py", "clip_file.py"),
+    *("data/cut.py", "data/timeline.py", "data/video.py"),
     *("evaluation/sampling.py", "evaluation/reference.py", "data/clip_reader.py", "demo/shapes.py"),
     *("metrics", "clip_model.py"),
 )

@@ -6,7 +6,7 @@ Shapes: `T` frames, `H`, `W` frame size, `D` features, `N` clips.
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Reference:
     Attributes:
         key: hash of the clips, the shape and the extractors; empty where there are too few clips.
         reason: why there is none.
+        code: see `hash_code`; other measures have other features of the same clips.
     """
 
     shape: Shape
@@ -91,6 +92,7 @@ class Reference:
     shards: Path | None
     key: str = ""
     reason: str = ""
+    code: str = field(default_factory=hash_code)  # once for all processes that share the work
 
     def file(self, cache: Path) -> Path:
         """Where the features are kept: an array [N, D] by extractor."""
@@ -98,8 +100,8 @@ class Reference:
 
     @property
     def name(self) -> str:
-        """Of its files: another measure has other features of the same clips."""
-        return f"{self.key[:32]}-{hash_code()[:16]}"
+        """Of its files."""
+        return f"{self.key[:32]}-{self.code[:16]}"
 
 
 def rendered_reference(prompts: Sequence[str], shape: Shape, extractors: object) -> Reference:

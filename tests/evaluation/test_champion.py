@@ -28,7 +28,7 @@ def test_numbers_that_somebody_changed_are_measured_anew(
     move_champion(tmp_path, "m", register(tmp_path, "m", checkpoint, tags), None)
 
     def find_kept() -> Path | None:
-        found = find_champion(tmp_path, "m")
+        found = find_champion(tmp_path, "m", tmp_path)
         assert found
         assert found.checkpoint
         return found.kept
@@ -47,7 +47,7 @@ def test_numbers_that_somebody_changed_are_measured_anew(
 def test_a_password_of_the_store_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said here stands in metrics.json, the gallery and a version's tags."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://eva:hunter2@127.0.0.1:9")
-    found = find_champion(tmp_path, "m")
+    found = find_champion(tmp_path, "m", tmp_path)
     assert found
     assert "http://***@127.0.0.1:9 cannot be asked" in found.unavailable
     assert "hunter2" not in found.unavailable

@@ -44,7 +44,7 @@ def test_vbench_counts_by_its_version(tmp_path: Path) -> None:
     assert identity(tmp_path, vbench=str(tmp_path / "absent")) == without  # it measures nothing
 
 
-def test_clips_are_kept_by_what_makes_them(checkpoint: Path, tmp_path: Path) -> None:
+def test_clips_are_kept_by_what_makes_them(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(checkpoint.parents[2], tmp_path / "smoke")
     copied = describe_checkpoint(tmp_path / "smoke" / checkpoint.relative_to(checkpoint.parents[2]))
     plan = make_plan(CONFIG, None, {}, tmp_path / "cache")
@@ -61,6 +61,11 @@ def test_clips_are_kept_by_what_makes_them(checkpoint: Path, tmp_path: Path) -> 
         replace(plan, extractors={"clip": "x"}).clips(copied),
     }
     assert len(others | {first}) == 5
+    (copied.vae / "README.md").write_text("a note")
+    assert folder() == first
+    with monkeypatch.context() as patch:
+        patch.setattr("opensora.evaluation.plan.hash_code", lambda: "other code")
+        assert folder() not in others | {first}
     vae = copied.vae / "diffusion_pytorch_model.safetensors"
     vae.write_bytes(vae.read_bytes()[:-1])
     assert folder() not in others | {first}

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,13 @@ def draw(clips: Path, count: int = 6, shape: Shape = SHAPE, extractors: object =
     return real_reference(clips / "score", clips / "split", count, shape, extractors)
 
 
-def test_a_draw_is_fixed_and_its_name_says_what_it_is_of(clips: Path) -> None:
+def test_a_draw_is_fixed_and_its_name_says_what_it_is_of(clips: Path, tmp_path: Path) -> None:
     reference = draw(clips)
     assert len({clip.clip_id for clip in reference.clips}) == 6
     assert reference == draw(clips)
     others = [draw(clips, 5), draw(clips, shape=Shape(4, 32, 32, 1)), draw(clips, extractors="videomae")]
     assert len({reference.key, *(other.key for other in others)}) == 4
+    assert replace(reference, code="other measures").file(tmp_path) != reference.file(tmp_path)
 
 
 def test_features_are_those_of_the_clips_and_are_made_once(clips: Path, tmp_path: Path) -> None:
