@@ -227,7 +227,10 @@ def test_models_outside_are_kept_by_path_and_hash(
     outside: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tmp_path / "weights"
+    note = weights / "t5" / "README.md"
+    note.write_text("a note")
     folder = save_served_model(tmp_path / "by-reference", outside, embed_models=False)
+    note.write_text("edited, which changes no model")
     whole = save_served_model(tmp_path / "whole", outside)
     assert not list(folder.rglob("*.model")) + [
         path for path in folder.rglob("*.safetensors") if "step" not in str(path)
