@@ -2,11 +2,11 @@
 
     python -m benchmarks.gate        # half a minute on two CPU cores; benchmarks/results/gate.json
 
-A step `promote` as it is run: the files of the candidate and of the champion are hashed, VAE and text encoder with them, a clip is decoded, every check
-is made with a paired interval over the prompts, the report is written, and where the candidate passes its files are
-copied, a version is registered in SQLite and the alias moves, half a second of which is the lock's wait. Wall time, in
-a process that has imported what it needs. Checkpoint and models are small: reading and copying large ones goes at the
-speed of the disk and of sha256.
+A step `promote` as it is run: the files of the candidate and of the champion are hashed, VAE and text encoder with
+them, a clip is decoded, every check is made with a paired interval over the prompts, the report is written, and where
+the candidate passes its files are copied, a version is registered in SQLite and the alias moves, half a second of
+which is the lock's wait. Wall time, in a process that has imported what it needs. Checkpoint and models are small: reading
+and copying large ones goes at the speed of the disk and of sha256.
 """
 
 import json
@@ -61,7 +61,13 @@ def candidate(base: Path, seed: int, right: int) -> None:
     for number in range(PROMPTS):
         write_clip(samples / f"{number:03d}", frames, 8)
     metrics = {"following": right / PROMPTS, "fd": 10.0, "metrics_version": METRICS_VERSION, "fd_extractor": "randconv"}
-    metrics |= {"samples_per_stage": PROMPTS, "extractors": "randconv", "distances": {}, "evaluation_sha256": "e"}
+    metrics |= {
+        "samples_per_stage": PROMPTS,
+        "shape": "4x32x32, interval 1",
+        "extractors": "randconv",
+        "distances": {},
+        "evaluation_sha256": "e",
+    }
     metrics |= {"checkpoint_sha256": read_info(folder)["sha256"], "models_sha256": hash_models(info, folder, base)}
     write_json(evaluate / "metrics.json", metrics)
     scores = [{"follows": int(number < right)} for number in range(PROMPTS)]

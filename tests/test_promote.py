@@ -28,7 +28,7 @@ from opensora.tracking.store import connect
 from opensora.tracking.version_files import model_version_path
 from opensora.training.checkpoint import describe_checkpoint
 from tests.conftest import ROOT
-from tests.promotion_case import BETTER, GATES, SHAPE, change_json, make_beside, make_candidate, make_evaluation
+from tests.promotion_case import BETTER, GATES, change_json, make_beside, make_candidate, make_evaluation
 from tests.small_disk import small_disk
 from tests.test_architecture import own_imports
 from tests.tracking.mlflow_server import MlflowServer
@@ -208,11 +208,10 @@ def test_a_champion_that_is_lost_is_no_free_pass(place: Place) -> None:
 def test_a_champion_of_another_shape_is_replaced_where_that_is_accepted(place: Place) -> None:
     first = place.candidate(1, 20)
     place.promote()
-    place.candidate(2, 14, shape=SHAPE | {"frames": 16}, evaluation_sha256="of 16 frames")
+    place.candidate(2, 14, shape="16x32x32, interval 1", evaluation_sha256="of 16 frames")
     make_beside(place.base, "1", first, 20)
     reason = failed(place.promote())["champion"]
-    assert "of frames 16, height 32, " in reason
-    assert "version 1, evaluated beside the candidate, of frames 4, height 32, " in reason
+    assert "are 16x32x32, interval 1, those of version 1, evaluated beside the candidate, are 4x32x32, " in reason
     shutil.copytree(place.base / "train_video", place.base / "train_highres")
     command = ["promote", "--profile", "smoke", "--workdir", str(place.root), "--dry-run"]
     for flags in (["--accept-other-shape"], []):

@@ -12,7 +12,7 @@ from opensora.evaluation import COMPARABLE, METRICS_VERSION
 from opensora.promotion.paired import paired_interval
 
 BASIS = (*COMPARABLE, "prompts", "seeds")  # two evaluations are compared only where all of these are known and equal
-SHAPE = "shape"  # entry of metrics.json: frames, height and width of the clips, which no evaluation makes equal
+SHAPE = "shape"  # entry of metrics.json: frames, size and frame interval of the clips, which no evaluation makes equal
 CODE = ("git_commit", "image_digest")  # one of them says which code trained the candidate
 DATA = ("dvc_lock_md5", "data_revision", "data_fingerprint")  # by `dvc repro`, on a cluster, by plain commands
 REQUIRED = ("checkpoint.sha256", "fd_extractor", "samples_per_stage", "profile")
@@ -206,7 +206,7 @@ def _opponent(
         return Check(kind, False, f"{name} has no evaluation to compare with; run `opensora evaluate` again"), None
     ours, theirs = (one.basis(SHAPE) for one in (candidate.evaluation, champion.evaluation))
     if ours and theirs and ours != theirs:
-        shapes = f"the candidate makes clips of {_in_words(ours)}, {name}, {champion.source}, of {_in_words(theirs)}"
+        shapes = f"the candidate's clips are {ours}, those of {name}, {champion.source}, are {theirs}"
         if config.accept_other_shape:
             return Check(kind, True, f"{shapes}; by promote.accept_other_shape the floors alone decide"), None
         advice = "train a candidate of the champion's shape, or let the floors alone decide by --accept-other-shape"
@@ -224,10 +224,6 @@ def _opponent(
 
 def _is_champion(candidate: Candidate, champion: Champion | None) -> bool:
     return champion is not None and champion.sha256 == candidate.sha256 and not champion.lost
-
-
-def _in_words(shape: object) -> str:
-    return ", ".join(f"{name} {value}" for name, value in shape.items()) if isinstance(shape, Mapping) else str(shape)
 
 
 def _differ(what: str, here: object, there: object) -> str:

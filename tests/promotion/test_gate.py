@@ -19,9 +19,14 @@ PROMPTS = [f"prompt {number}" for number in range(48)]
 DISTANCES = {"fd": {"extractor": "randconv", "n": 48}}
 MODELS = {"vae": "v", "text_encoder": "t"}
 METRICS = {"metrics_version": METRICS_VERSION, "fd_extractor": "randconv", "samples_per_stage": 48}
-METRICS |= {"extractors": "randconv", "distances": DISTANCES, "evaluation_sha256": "e", "models_sha256": MODELS}
-SMALL = {"frames": 16, "height": 512, "width": 512}
-METRICS |= {"shape": SMALL | {"frames": 64}, "score": 0.8, "fd": 8.0}
+METRICS |= {
+    "shape": "4x32x32, interval 1",
+    "extractors": "randconv",
+    "distances": DISTANCES,
+    "evaluation_sha256": "e",
+    "models_sha256": MODELS,
+}
+METRICS |= {"score": 0.8, "fd": 8.0}
 SCORES = [{"follows": int(number < 38)} for number in range(48)]
 NOW = Evaluation(METRICS, PROMPTS, list(range(48)), SCORES)
 TAGS = {"git_commit": "c0ffee", "dvc_lock_md5": "5eed", "checkpoint.sha256": "new", "profile": "demo"}
@@ -34,6 +39,7 @@ GATES = PromoteConfig(gates=(HIGHER, LOWER))
 BETTER = GATES.model_copy(update={"primary": Primary(score="follows")})
 AS_GOOD = GATES.model_copy(update={"primary": Primary(score="follows", margin=-0.1)})
 LAX = GATES.model_copy(update={"replace_lost_champion": True})
+SHORT = "2x32x32, interval 1"
 ANY_SHAPE = BETTER.model_copy(update={"accept_other_shape": True})
 NO_FLOOR = PromoteConfig(gates=(Gate(metric="score", tolerance=0.1),))
 LOST = replace(OLD, evaluation=None, lost="model.safetensors is missing")
@@ -272,20 +278,20 @@ TABLE = {
     "another shape": (
         GATES,
         GOOD,
-        champion(shape=SMALL, distances={}, evaluation_sha256="of 16 frames"),
-        {"champion": "of frames 64, height 512, width 512, version 3, evaluated beside the candidate, of frames 16, "},
+        champion(shape=SHORT, distances={}, evaluation_sha256="of 2 frames"),
+        {"champion": "are 4x32x32, interval 1, those of version 3, evaluated beside the candidate, are 2x32x32"},
     ),
-    "another shape, and that is accepted": (ANY_SHAPE, GOOD, champion(shape=SMALL, evaluation_sha256="b"), {}),
+    "another shape, and that is accepted": (ANY_SHAPE, GOOD, champion(shape=SHORT, evaluation_sha256="b"), {}),
     "another shape, accepted, under a floor": (
         ANY_SHAPE,
         candidate(score=0.4),
-        champion(shape=SMALL),
+        champion(shape=SHORT),
         {"floor score": "0.4 < 0.5"},
     ),
     "another shape, accepted, no floor at all": (
         NO_FLOOR.model_copy(update={"accept_other_shape": True}),
         GOOD,
-        champion(shape=SMALL),
+        champion(shape=SHORT),
         {"floor": "no gate has a floor"},
     ),
     "that acceptance is no free pass where the shapes are equal": (
@@ -387,7 +393,7 @@ def reasons(checks: list[Check]) -> dict[str, str]:
 def test_what_was_not_compared_is_said() -> None:
     assert "no champion yet: the floors alone decide" in reasons(judge(BETTER, GOOD, None))["champion"]
     assert "the floors alone decide" in reasons(judge(LAX, GOOD, LOST))["champion"]
-    other_shape = champion(shape=SMALL)
+    other_shape = champion(shape=SHORT)
     refused, accepted = (reasons(judge(config, GOOD, other_shape))["champion"] for config in (BETTER, ANY_SHAPE))
     assert "--accept-other-shape" in refused
     assert "opensora evaluate" not in refused  # which would change nothing

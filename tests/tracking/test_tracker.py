@@ -1,5 +1,6 @@
 """Tracking: spool first, one parent with a child a step, nothing lost when the store is away."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+def root(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_store, root)
+    return root
 
 
 @pytest.fixture(autouse=True)
