@@ -5,8 +5,8 @@
 A step `promote` as it is run: the files of the candidate and of the champion are hashed, VAE and text encoder with
 them, a clip is decoded, every check is made with a paired interval over the prompts, the report is written, and where
 the candidate passes its files are copied, a version is registered in SQLite and the alias moves, half a second of
-which is the lock's wait. Wall time, in a process that has imported what it needs. Checkpoint and models are small: reading
-and copying large ones goes at the speed of the disk and of sha256.
+which is the lock's wait. Wall time, in a process that has imported what it needs. Checkpoint and models are small:
+reading and copying large ones goes at the speed of the disk and of sha256.
 """
 
 import json
