@@ -24,7 +24,7 @@ from opensora.tracking.registry import (
     champion,
     lost_champion,
 )
-from opensora.tracking.version_files import FilesGone, checkpoint_folder, fetch_again, find_here
+from opensora.tracking.version_files import FilesGone, checkpoint_folder, find_here, make_whole
 from opensora.training.checkpoint import MODELS, SAMPLED, CheckpointError, find_newest, read_info
 
 
@@ -150,7 +150,7 @@ def damage_of(root: Path, model: str, version: Version, fetch: bool = True) -> s
     problem = served_damage(_served(folder), sha256)
     if problem and fetch:
         with suppress(FilesGone):  # then the damage that is here says more
-            if fetch_again(root, model, version):
+            if make_whole(root, model, version):
                 problem = served_damage(_served(folder), sha256)
     return problem
 

@@ -116,20 +116,23 @@ def checkpoint_folder(root: Path, model: str, version: Version) -> Path:
     return place / MODEL / ARTIFACTS / recorded.name
 
 
-def fetch_again(root: Path, model: str, version: Version) -> bool:
-    """Replace a version's files, as they were fetched to or copied to this folder of results, if they are no longer
-    those that were uploaded; says whether they were replaced.
+def make_whole(root: Path, model: str, version: Version) -> bool:
+    """Fetch a version's files again where those in this folder of results are no longer what was uploaded.
 
-    What is here stays where the store does not have them any more (FilesGone), or they do not arrive (RegistryError).
+    Returns:
+        Whether they are what was uploaded now; False where nothing was, or they lie in another folder.
+
+    Raises:
+        FilesGone: the store does not have them any more; what is here stays.
+        RegistryError: they do not arrive; what is here stays.
     """
     place = version_place(root, model, version.tags.get(CHECKPOINT_SHA256, ""))
     here = find_here(root, model, version)
     if here is None or not is_uploaded(root, version) or here.parents[1].resolve() != (place / MODEL).resolve():
         return False
     with alone(place / FETCH_LOCK):
-        if _hash_files(place / MODEL / ARTIFACTS) == version.tags[FILES]:  # the damage is elsewhere
-            return False
-        _fetch(root, model, version, place)
+        if _hash_files(place / MODEL / ARTIFACTS) != version.tags[FILES]:  # else another process fetched it meanwhile
+            _fetch(root, model, version, place)
     return True
 
 
