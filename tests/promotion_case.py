@@ -21,7 +21,12 @@ PROMPTS = 24
 LINEAGE = {"git_commit": "c0ffee", "git_dirty": "false", "data_revision": "data-1"}
 # How it was measured; numbers of two models compare where all of it is equal.
 BASIS = {"metrics_version": METRICS_VERSION, "samples_per_stage": PROMPTS, "fd_extractor": "randconv"}
-BASIS |= {"extractors": "randconv", "distances": {"fd_randconv": {"n": PROMPTS}}, "evaluation_sha256": "e"}
+BASIS |= {
+    "shape": "4x32x32, interval 1",
+    "extractors": "randconv",
+    "distances": {"fd_randconv": {"n": PROMPTS}},
+    "evaluation_sha256": "e",
+}
 
 
 def make_candidate(base: Path, checkpoint: Path, shift: float, lineage: Mapping[str, str] | None = None) -> str:
