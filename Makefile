@@ -37,10 +37,11 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 	$(BIN)/opensora results
 
+# Files in their own order: by the number of their tests the few that run the whole chain would come last, one by one.
 # With RETRY=1, tests that failed are run once more, alone on the machine, and what fails again fails.
 RERUN = echo && echo "Some tests failed; they alone are run once more." && $(PYTEST) --last-failed --last-failed-no-failures none
 test: setup
-	$(PYTEST) -n 2 --dist loadfile $(if $(RETRY),|| { test $$? = 1 && $(RERUN); })
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(if $(RETRY),|| { test $$? = 1 && $(RERUN); })
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,11 +2,11 @@
 
     python -m benchmarks.gate        # half a minute on two CPU cores; benchmarks/results/gate.json
 
-A step `promote` as it is run: the files of the candidate and of the champion are hashed, a clip is decoded, every check
-is made with a paired interval over the prompts, the report is written, and where the candidate passes its files are
-copied, a version is registered in SQLite and the alias moves, half a second of which is the lock's wait. Wall time, in
-a process that has imported what it needs. The checkpoint is small: reading and copying a large one goes at the speed of
-the disk and of sha256.
+A step `promote` as it is run: the files of the candidate and of the champion are hashed, VAE and text encoder with
+them, a clip is decoded, every check is made with a paired interval over the prompts, the report is written, and where
+the candidate passes its files are copied, a version is registered in SQLite and the alias moves, half a second of
+which is the lock's wait. Wall time, in a process that has imported what it needs. Checkpoint and models are small:
+reading and copying large ones goes at the speed of the disk and of sha256.
 """
 
 import json
@@ -33,6 +33,7 @@ from opensora.training.checkpoint import read_info, save_checkpoint, stdit_confi
 
 PROMPTS = 64
 STAGE = "train_highres"
+MODELS = {"vae": 950_000, "t5": 270_000}  # bytes, as of the tiny ones of the embedded world
 CONFIG = PromoteConfig(
     gates=(Gate(metric="following", floor=0.5, tolerance=0.1), Gate(metric="fd", direction="lower", floor=90.0)),
     primary=Primary(score="follows"),
@@ -44,8 +45,11 @@ def candidate(base: Path, seed: int, right: int) -> None:
     config = load_config(Path("params.yaml"), "demo")
     torch.manual_seed(seed)
     state = STDiT(stdit_config(config, STAGE, 4)).state_dict()
-    for name in ("vae", "t5"):
-        (base / "demo_models" / name).mkdir(parents=True, exist_ok=True)
+    for name, size in MODELS.items():
+        folder = base / "demo_models" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if seed == 1:  # all candidates have the same
+            (folder / "model.safetensors").write_bytes(np.random.default_rng(seed).bytes(size))
     info = {"config": config.model_dump(mode="json"), "stage": STAGE, "vae_scale": 4}
     info |= {"vae": "demo_models/vae", "text_encoder": "demo_models/t5"}
     info["lineage"] = lineage() | {"data_revision": "benchmark"}

@@ -17,12 +17,13 @@ DATA_STEPS = ("download", "split", "score", "caption", "encode")
 TRAIN_STEPS = ("train_image", "train_video", "train_highres")
 STRATEGIES = {"torch": ("ddp", "fsdp"), "colossalai": ("ddp", "zero1", "zero2", "gemini")}
 STEPS = (*DATA_STEPS, *TRAIN_STEPS, "evaluate", "promote")
-# Ends of metrics' names: a video in which nothing moves is best by the first, and worst by the second.
+# Ends of metrics' names: a video in which nothing moves is highest by the first, and lowest by the second.
 STILL = (
     *("flicker", "motion_smoothness", "clip_temporal_consistency"),
     *("temporal_flickering", "subject_consistency", "background_consistency"),  # VBench's
+    *("temporal_flickering_still", "motion_smoothness_linear"),  # VBench's without its weights
 )
-MOTION = ("flow_degree", "dynamic_degree")
+MOTION = ("flow_degree", "dynamic_degree", "dynamic_degree_farneback")
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -353,6 +354,9 @@ class PromoteConfig(Section):
     replace_lost_champion: bool = Field(
         False, description="where the champion's files or alias are gone, or it cannot be run, floors alone decide"
     )
+    accept_other_shape: bool = Field(
+        False, description="where the champion's clips have other frames or another size, floors alone decide"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> "PromoteConfig":
@@ -364,13 +368,13 @@ class PromoteConfig(Section):
     @model_validator(mode="after")
     def _asks_for_motion(self) -> "PromoteConfig":
         """A frozen video must not pass by what it is perfect in."""
-        asked = [(gate.metric, _stage_of(gate.metric)) for gate in self.gates if gate.direction == "higher"]
-        if self.primary and self.primary.direction == "higher":
-            asked.append((self.primary.score, TRAIN_STEPS[-1]))
+        asked = [(gate.metric, gate.direction, _stage_of(gate.metric)) for gate in self.gates]
+        if self.primary:
+            asked.append((self.primary.score, self.primary.direction, TRAIN_STEPS[-1]))
         floors = {gate.metric for gate in self.gates if gate.direction == "higher" and (gate.floor or 0) > 0}
         moving = {_stage_of(name) for name in floors if name.endswith(MOTION)}
-        for name, stage in asked:
-            if name.endswith(STILL) and stage not in moving:
+        for name, direction, stage in asked:
+            if name.endswith(STILL if direction == "higher" else MOTION) and stage not in moving:
                 prefix = f"{stage}_" if stage else ""
                 raise ValueError(
                     f"promote lets a video pass in which nothing moves, which is perfect in {name}; add a gate with a "

@@ -9,6 +9,7 @@ from opensora.config import PromoteConfig
 from opensora.evaluation.files import BESIDE, hash_evaluation
 from opensora.evaluation.hashes import registered_models
 from opensora.promotion.evidence import (
+    damage_of,
     find_candidate,
     read_candidate,
     read_champion,
@@ -146,11 +147,15 @@ def _key(case: Case) -> str:
 
 
 def _still_stands(output: Path, case: Case) -> bool:
-    """Whether the alias is where a finished promotion left it; of a refusal, whether all checks would end the same."""
-    verdict = json.loads((output / "gate.json").read_text())
+    """Whether the alias is where a finished promotion left it, and the files are whole; of a refusal, whether all
+    checks would end as they did."""
+    try:
+        verdict = json.loads((output / "gate.json").read_text())
+    except (OSError, ValueError):  # lost, or damaged: judged anew
+        return False
     if verdict["version"]:
         now = champion(case.root, case.model)
-        return now is not None and now.version == verdict["version"]
+        return now is not None and now.version == verdict["version"] and not damage_of(case.root, case.model, now)
     again, _ = decide(case)
     names = ("verdict", "champion", "checks")
     return [json.loads(json.dumps(again[name])) for name in names] == [verdict[name] for name in names]

@@ -26,6 +26,13 @@ def promote(
             help="Where the champion's files or alias are gone, or it cannot be run, let the floors alone decide.",
         ),
     ] = False,
+    accept_other_shape: Annotated[
+        bool,
+        typer.Option(
+            "--accept-other-shape",
+            help="Where the champion's clips have other frames or another size, let the floors alone decide.",
+        ),
+    ] = False,
 ) -> None:
     """Pass the gate or say why not; the alias `champion` moves in the model registry.
 
@@ -40,6 +47,7 @@ def promote(
     from opensora.config import load_config
 
     changes = [*(overrides or [])] + ["promote.replace_lost_champion=true"] * replace_lost_champion
+    changes += ["promote.accept_other_shape=true"] * accept_other_shape
     config = load_config(params, profile, tuple(changes))
     base = workdir / config.profile
     if dry_run:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from opensora.config import PromoteConfig, UserError
 from opensora.evaluation import METRICS_VERSION
 from opensora.evaluation.champion import find_champion
 from opensora.promote import preview, run
+from opensora.promotion.evidence import damage_of
 from opensora.promotion.rollback import rollback
 from opensora.promotion.table import list_versions
 from opensora.step import CACHE, StepError
@@ -25,8 +27,10 @@ from opensora.tracking.registry import RegistryError, champion, versions
 from opensora.tracking.store import connect
 from opensora.tracking.version_files import model_version_path
 from opensora.training.checkpoint import describe_checkpoint
+from tests.conftest import ROOT
 from tests.promotion_case import BETTER, GATES, change_json, make_beside, make_candidate, make_evaluation
 from tests.small_disk import small_disk
+from tests.test_architecture import own_imports
 from tests.tracking.mlflow_server import MlflowServer
 
 MODEL = "opensora-smoke"
@@ -197,7 +201,43 @@ def test_a_champion_that_is_lost_is_no_free_pass(place: Place) -> None:
     version = champion(place.root, MODEL)
     known = {"champion_version": "3", "champion_sha256": version.tags["checkpoint.sha256"] if version else ""}
     place.candidate(4, 24, champion_unavailable="out of memory", **known)
-    assert "version 3 is lost: out of memory" in failed(place.promote())["champion"]
+    reason = failed(place.promote())["champion"]
+    assert "version 3 is lost: out of memory; `opensora evaluate` tries it again; go back" in reason
+
+
+def test_a_champion_of_another_shape_is_replaced_where_that_is_accepted(place: Place) -> None:
+    first = place.candidate(1, 20)
+    place.promote()
+    place.candidate(2, 14, shape="16x32x32, interval 1", evaluation_sha256="of 16 frames")
+    make_beside(place.base, "1", first, 20)
+    reason = failed(place.promote())["champion"]
+    assert "are 16x32x32, interval 1, those of version 1, evaluated beside the candidate, are 4x32x32, " in reason
+    shutil.copytree(place.base / "train_video", place.base / "train_highres")
+    command = ["promote", "--profile", "smoke", "--workdir", str(place.root), "--dry-run"]
+    for flags in (["--accept-other-shape"], []):
+        done = CliRunner().invoke(app, [*command, *flags])
+        assert ("by promote.accept_other_shape the floors alone decide" in done.stdout) == bool(flags)
+    any_shape = GATES.model_copy(update={"accept_other_shape": True})
+    assert place.promote(any_shape)["version"] == "2"
+    (previous,) = (version.tags["previous_champion"] for version in versions(place.root, MODEL) if version.aliases)
+    assert previous == "1"
+
+
+def test_a_promotion_stands_as_long_as_its_files_are_whole(place: Place) -> None:
+    place.candidate(1, 20)
+    verdict = place.promote()
+    (one,) = versions(place.root, MODEL)
+    weights = Path(one.tags["checkpoint.uri"]) / "model.safetensors"
+    away = weights.rename(weights.with_name("away"))
+    assert "version 1 is lost" in failed(place.promote())["champion"]
+    away.rename(weights)
+    assert place.promote()["version"] == "1"
+    (place.base / "promote" / "gate.json").unlink()
+    again = place.promote()
+    assert (again["verdict"], again["version"], len(versions(place.root, MODEL))) == ("promoted", "1", 1)
+    (place.base / "promote" / "gate.json").write_text("{")
+    assert place.promote() == again
+    assert verdict["sha256"] == again["sha256"]
 
 
 def test_the_champion_beside_the_candidate_counts_before_what_was_recorded(place: Place) -> None:
@@ -484,9 +524,36 @@ def test_a_machine_that_shares_only_the_server_fetches_the_champion(
     assert found.checkpoint.vae.is_relative_to(place.root)
     assert [record["problem"] for record in list_versions(place.root, MODEL, verify=True)] == [""]
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1])
     (record,) = list_versions(place.root, MODEL, verify=True)
     assert "model.safetensors has another sha256" in record["problem"]
+    assert weights.stat().st_size == len(good) - 1  # nothing is fetched to be listed
+    (version,) = versions(place.root, MODEL)
+    assert damage_of(place.root, MODEL, version) == ""
+    assert weights.read_bytes() == good
+    before = folder.stat().st_ino
+    weights.write_bytes(good[:-1])
+    for uploaded in mlflow_server.artifacts.rglob("model.safetensors"):
+        uploaded.write_bytes(b"x")
+    assert "model.safetensors has another sha256" in damage_of(place.root, MODEL, version)
+    assert folder.stat().st_ino == before  # what is here stays where the store has nothing better
+
+
+def test_dvc_knows_the_code_that_decides() -> None:
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["promote"]["deps"]
+    own = [ROOT / "opensora" / "promote.py", *(ROOT / "opensora" / "promotion").glob("*.py")]
+    # What decides where things lie and how they are read, and not who passes.
+    plain = {"config", "step", "data.video", "tracking.store", "tracking.tracker"}
+    used = {name for file in own for name in own_imports(file)} - plain
+    assert {"evaluation.files", "served_model", "tracking.version_files"} <= used
+    paths = {name: Path("opensora", *name.split(".")) for name in used}
+    lacking = [
+        name
+        for name, path in paths.items()
+        if not {str(path.with_suffix(".py")), str(path), str(path.parent)} & {*deps}
+    ]
+    assert lacking == []
 
 
 @pytest.mark.parametrize("command", ["registry", "rollback", "promote"])

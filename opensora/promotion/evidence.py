@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -23,7 +24,7 @@ from opensora.tracking.registry import (
     champion,
     lost_champion,
 )
-from opensora.tracking.version_files import FilesGone, checkpoint_folder, find_here
+from opensora.tracking.version_files import FilesGone, checkpoint_folder, find_here, make_whole
 from opensora.training.checkpoint import SAMPLED, CheckpointError, find_newest, read_info
 
 
@@ -120,18 +121,28 @@ def served_damage(folder: Path, sha256: str) -> str:
     return "" if found == sha256 else f"{folder} holds another checkpoint, sha256 {found[:12]}"
 
 
-def damage_of(root: Path, model: str, version: Version) -> str:
+def damage_of(root: Path, model: str, version: Version, fetch: bool = True) -> str:
     """Why a registered version cannot be loaded; empty if its files are those that were registered. Reads them all.
 
-    They are fetched if they are not on this machine, but in a server's store; raises RegistryError.
+    Args:
+        fetch: where they are not on this machine, or damaged, but in a server's store, fetch them.
+
+    Raises:
+        RegistryError: the server does not answer, or the disk is full.
     """
     sha256 = version.tags.get(CHECKPOINT_SHA256)
     if CHECKPOINT_URI not in version.tags or not sha256:
         return f"it was registered without {CHECKPOINT_URI} and {CHECKPOINT_SHA256}, not by `opensora promote`"
     try:
-        return served_damage(_served(checkpoint_folder(root, model, version)), sha256)
+        folder = checkpoint_folder(root, model, version)
     except FilesGone as error:
         return str(error)
+    problem = served_damage(_served(folder), sha256)
+    if problem and fetch:
+        with suppress(FilesGone):  # then the damage that is here says more
+            if make_whole(root, model, version):
+                problem = served_damage(_served(folder), sha256)
+    return problem
 
 
 def _served(checkpoint: Path) -> Path:
@@ -206,7 +217,8 @@ def _why_not_evaluated(metrics: Mapping[str, object], version: str, sha256: str)
     """Why `evaluate` could not run this champion beside the candidate; empty if it could, or never tried."""
     if (str(metrics.get("champion_version")), metrics.get("champion_sha256")) != (version, sha256):
         return ""
-    return str(metrics.get("champion_unavailable") or "")
+    reason = metrics.get("champion_unavailable")
+    return f"{reason}; `opensora evaluate` tries it again" if reason else ""
 
 
 def _recorded(version: Version, stage: str) -> Evaluation | None:

@@ -12,6 +12,7 @@ from opensora.evaluation import COMPARABLE, METRICS_VERSION
 from opensora.promotion.paired import paired_interval
 
 BASIS = (*COMPARABLE, "prompts", "seeds")  # two evaluations are compared only where all of these are known and equal
+SHAPE = "shape"  # entry of metrics.json: frames, size and frame interval of the clips, which no evaluation makes equal
 CODE = ("git_commit", "image_digest")  # one of them says which code trained the candidate
 DATA = ("dvc_lock_md5", "data_revision", "data_fingerprint")  # by `dvc repro`, on a cluster, by plain commands
 REQUIRED = ("checkpoint.sha256", "fd_extractor", "samples_per_stage", "profile")
@@ -203,6 +204,13 @@ def _opponent(
         return Check(kind, False, f"{lost}; {advice} by --replace-lost-champion"), None
     if champion.evaluation is None:
         return Check(kind, False, f"{name} has no evaluation to compare with; run `opensora evaluate` again"), None
+    ours, theirs = (one.basis(SHAPE) for one in (candidate.evaluation, champion.evaluation))
+    if ours and theirs and ours != theirs:
+        shapes = f"the candidate's clips are {ours}, those of {name}, {champion.source}, are {theirs}"
+        if config.accept_other_shape:
+            return Check(kind, True, f"{shapes}; by promote.accept_other_shape the floors alone decide"), None
+        advice = "train a candidate of the champion's shape, or let the floors alone decide by --accept-other-shape"
+        return Check(kind, False, f"{shapes}, and numbers of two shapes do not compare: {advice}"), None
     bases = {what: (candidate.evaluation.basis(what), champion.evaluation.basis(what)) for what in BASIS}
     if differences := [
         _differ(what, here, there) for what, (here, there) in bases.items() if here is None or here != there

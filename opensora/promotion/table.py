@@ -39,7 +39,7 @@ def list_versions(root: Path, model: str, verify: bool = False) -> list[dict[str
 def _problem(root: Path, model: str, version: Version, verify: bool) -> str:
     """What is wrong with a version's files; nothing is fetched to find out."""
     if find_here(root, model, version):
-        return damage_of(root, model, version) if verify else ""
+        return damage_of(root, model, version, fetch=False) if verify else ""
     if is_uploaded(root, version):
         return "not verified: in the server's store and not on this machine" if verify else ""
     return f"nothing at {version.tags.get(CHECKPOINT_URI, '?')}"

@@ -239,7 +239,7 @@ def replay(
     """
     count = 0
     for place in find_spools(root):
-        if not _has_more(root, place) or (nowhere and _is_somewhere(place)):
+        if not _has_more(root, place) or (nowhere and _is_elsewhere(root, place)):
             continue
         before = _count_unsent(root, place)
         held = lock_file(place / LOCK)
@@ -292,8 +292,10 @@ def _count_unsent(root: Path, place: Path) -> int:
     return sum(count_records(spool, read_marks(spool).get(store, 0)) for spool in spools_of(place))
 
 
-def _is_somewhere(place: Path) -> bool:
-    return max(read_marks(place).values(), default=0) >= (place / SPOOL).stat().st_size
+def _is_elsewhere(root: Path, place: Path) -> bool:
+    """Whether a store other than the present one, of which something may be left to send, has the whole run."""
+    marks = [sent for store, sent in read_marks(place).items() if store != store_name(root)]
+    return max(marks, default=0) >= (place / SPOOL).stat().st_size
 
 
 def _has_more(root: Path, place: Path) -> bool:

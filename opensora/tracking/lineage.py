@@ -13,6 +13,7 @@ from opensora.step import FINGERPRINT
 DATA_REVISION = "OPENSORA_DATA_REVISION"
 CODE_REVISION = "OPENSORA_REVISION"  # git commit, "-dirty" behind it if files differed: of images and of pipelines
 IMAGE = "OPENSORA_IMAGE"  # name of the image, with its digest where it was started by that
+LOCK = "dvc.lock"
 DIGEST_LENGTH = 36  # that the store takes
 
 
@@ -24,7 +25,7 @@ def lineage() -> dict[str, str]:
     """
     tags = {"data_revision": revision} if (revision := os.environ.get(DATA_REVISION)) else {}
     tags |= _image() | _code()
-    lock = Path("dvc.lock")
+    lock = Path(LOCK)
     if lock.is_file():
         tags["dvc_lock_md5"] = md5(lock.read_bytes()).hexdigest()
         tags |= {f"dvc.{path}.md5": value for path, value in _versioned(lock).items()}
@@ -36,7 +37,7 @@ def data_digest(folder: Path) -> str:
 
     Of dvc.lock if that holds the folder, else as the pipeline names it, else the fingerprint of what made it.
     """
-    lock = Path("dvc.lock")
+    lock = Path(LOCK)
     if lock.is_file():
         for path, value in _versioned(lock).items():
             if Path(path).resolve() == folder.resolve():
@@ -68,7 +69,7 @@ def _code() -> dict[str, str]:
     try:
         for name, command in {
             "git_commit": "rev-parse HEAD",
-            "git_dirty": "status --porcelain --untracked-files=no",
+            "git_dirty": f"status --porcelain --untracked-files=no -- :/ :(exclude){LOCK}",  # which DVC writes itself
         }.items():
             out = subprocess.run(
                 ["git", *command.split()], capture_output=True, text=True, check=True, timeout=20

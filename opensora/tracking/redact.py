@@ -7,8 +7,10 @@ HIDDEN = "***"
 SECRET_WORDS = {"password", "passwd", "pwd", "secret", "token", "credential", "credentials", "apikey", "authorization"}
 SECRET_PAIRS = {("api", "key"), ("access", "key"), ("secret", "key"), ("private", "key"), ("account", "key")}
 SECRET_LAST = "key"  # alone at the end, as of wandb_key
+COUNTING = {"count", "length", "limit", "max", "min", "num", "number", "per", "size"}  # beside `token`: no secret
 SCHEME = r"(\b[a-z][a-z0-9+.-]*://)"
-NUMBER_OR_NOTHING = re.compile(r"|none|null|true|false|[-+.\d]+(e[-+]?\d+)?", re.IGNORECASE)
+NOTHING = re.compile(r"|none|null|true|false", re.IGNORECASE)
+NUMBER = re.compile(r"[-+.\d]+(e[-+]?\d+)?", re.IGNORECASE)
 PATTERNS = tuple(
     (re.compile(pattern, flags), replacement)
     for pattern, flags, replacement in (
@@ -43,8 +45,11 @@ def redact_value(name: str, value: str) -> str:
     """The value of a parameter or tag; all of it is hidden where the name says that it is secret."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name.rpartition(".")[2]).lower())
     pairs = set(zip(words, words[1:], strict=False))
-    secret = SECRET_WORDS & set(words) or SECRET_PAIRS & pairs or words[-1:] == [SECRET_LAST]
-    return HIDDEN if secret and not NUMBER_OR_NOTHING.fullmatch(value) else redact(value)
+    secret = SECRET_WORDS & set(words)
+    if not (secret or SECRET_PAIRS & pairs or words[-1:] == [SECRET_LAST]) or NOTHING.fullmatch(value):
+        return redact(value)
+    counts = secret == {"token"} and COUNTING & set(words) and NUMBER.fullmatch(value)  # a PIN is a number, too
+    return value if counts else HIDDEN
 
 
 def redact_values(values: dict[str, str]) -> dict[str, str]:

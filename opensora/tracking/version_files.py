@@ -4,7 +4,6 @@ A database is told the path of the folder. A server does not take a path of anot
 anybody: the folder is uploaded to its store, as a logged model of the profile's experiment.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from opensora.tracking.registry import (
     read_version,
     register,
 )
+from opensora.tracking.spool import alone
 from opensora.tracking.store import experiment_id, store_name, tracking_uri
 from opensora.weights import hash_file
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FILES = "files.sha256"  # tag of what was uploaded: hash of all that lies below ARTIFACTS
 MODEL, ARTIFACTS = "model", "artifacts"  # folder of a version that MLflow loads, and of the weights in it
+FETCH_LOCK = ".fetch.lock"  # in the folder of a version
 TIMEOUT, BAR = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 PATIENCE_S = 3600
 
@@ -109,11 +110,30 @@ def checkpoint_folder(root: Path, model: str, version: Version) -> Path:
         return here or recorded
     place = version_place(root, model, version.tags[CHECKPOINT_SHA256])
     place.mkdir(parents=True, exist_ok=True)
-    with (place / ".fetch.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with alone(place / FETCH_LOCK):
         if find_here(root, model, version) is None:  # else another process fetched it meanwhile
             _fetch(root, model, version, place)
     return place / MODEL / ARTIFACTS / recorded.name
+
+
+def make_whole(root: Path, model: str, version: Version) -> bool:
+    """Fetch a version's files again where those in this folder of results are no longer what was uploaded.
+
+    Returns:
+        Whether they are what was uploaded now; False where nothing was, or they lie in another folder.
+
+    Raises:
+        FilesGone: the store does not have them any more; what is here stays.
+        RegistryError: they do not arrive; what is here stays.
+    """
+    place = version_place(root, model, version.tags.get(CHECKPOINT_SHA256, ""))
+    here = find_here(root, model, version)
+    if here is None or not is_uploaded(root, version) or here.parents[1].resolve() != (place / MODEL).resolve():
+        return False
+    with alone(place / FETCH_LOCK):
+        if _hash_files(place / MODEL / ARTIFACTS) != version.tags[FILES]:  # else another process fetched it meanwhile
+            _fetch(root, model, version, place)
+    return True
 
 
 def _fetch(root: Path, model: str, version: Version, place: Path) -> None:

@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 
 from opensora.config import ConfigError, Gate, Primary, PromoteConfig, load_config
 from opensora.evaluation import COMPARABLE, METRICS_VERSION
+from opensora.metrics.suite import MOTION
+from opensora.metrics.vbench import MEASURES
 from opensora.promotion.gate import Candidate, Champion, Check, Evaluation, judge
 from opensora.promotion.report import describe
 from tests.conftest import ROOT
@@ -35,6 +39,8 @@ GATES = PromoteConfig(gates=(HIGHER, LOWER))
 BETTER = GATES.model_copy(update={"primary": Primary(score="follows")})
 AS_GOOD = GATES.model_copy(update={"primary": Primary(score="follows", margin=-0.1)})
 LAX = GATES.model_copy(update={"replace_lost_champion": True})
+SHORT = "2x32x32, interval 1"
+ANY_SHAPE = BETTER.model_copy(update={"accept_other_shape": True})
 NO_FLOOR = PromoteConfig(gates=(Gate(metric="score", tolerance=0.1),))
 LOST = replace(OLD, evaluation=None, lost="model.safetensors is missing")
 
@@ -268,6 +274,33 @@ TABLE = {
         {"champion": "prompts is not recorded here, not recorded there"},
     ),
     "no evaluation of the champion": (GATES, GOOD, replace(OLD, evaluation=None), {"champion": "has no evaluation"}),
+    # a champion of another shape, from whose clips nothing can be compared
+    "another shape": (
+        GATES,
+        GOOD,
+        champion(shape=SHORT, distances={}, evaluation_sha256="of 2 frames"),
+        {"champion": "are 4x32x32, interval 1, those of version 3, evaluated beside the candidate, are 2x32x32"},
+    ),
+    "another shape, and that is accepted": (ANY_SHAPE, GOOD, champion(shape=SHORT, evaluation_sha256="b"), {}),
+    "another shape, accepted, under a floor": (
+        ANY_SHAPE,
+        candidate(score=0.4),
+        champion(shape=SHORT),
+        {"floor score": "0.4 < 0.5"},
+    ),
+    "another shape, accepted, no floor at all": (
+        NO_FLOOR.model_copy(update={"accept_other_shape": True}),
+        GOOD,
+        champion(shape=SHORT),
+        {"floor": "no gate has a floor"},
+    ),
+    "that acceptance is no free pass where the shapes are equal": (
+        ANY_SHAPE,
+        candidate(score=0.6),
+        OLD,
+        {"non-inferiority score": "worse", "improvement follows": "not above 0"},
+    ),
+    "nor where the champion is lost": (ANY_SHAPE, GOOD, LOST, {"champion": "lost"}),
     # a champion that is lost
     "lost": (GATES, GOOD, LOST, {"champion": "lost: model.safetensors is missing"}),
     "lost, and that is accepted": (LAX, GOOD, LOST, {}),
@@ -360,6 +393,11 @@ def reasons(checks: list[Check]) -> dict[str, str]:
 def test_what_was_not_compared_is_said() -> None:
     assert "no champion yet: the floors alone decide" in reasons(judge(BETTER, GOOD, None))["champion"]
     assert "the floors alone decide" in reasons(judge(LAX, GOOD, LOST))["champion"]
+    other_shape = champion(shape=SHORT)
+    refused, accepted = (reasons(judge(config, GOOD, other_shape))["champion"] for config in (BETTER, ANY_SHAPE))
+    assert "--accept-other-shape" in refused
+    assert "opensora evaluate" not in refused  # which would change nothing
+    assert "by promote.accept_other_shape the floors alone decide" in accepted
     assert "the champion already" in reasons(judge(GATES, GOOD, replace(OLD, sha256="new")))["champion"]
     dirty = reasons(judge(GATES, tagged(git_dirty="true"), None))
     assert dirty["lineage"] == "git_commit c0ffee with uncommitted changes, dvc_lock_md5 5eed"
@@ -395,11 +433,25 @@ FLICKER = "{metric: train_highres_flicker, floor: 0.8}"
         (f"promote.gates=[{FLICKER}, {{metric: train_highres_flow_degree, floor: 0.0}}]", "floor above 0"),
         (f"promote.gates=[{FLICKER}, {{metric: train_highres_flow_degree, tolerance: 0.1}}]", "floor above 0"),
         (f"promote.gates=[{FLICKER}, {{metric: train_video_flow_degree, floor: 0.1}}]", "floor above 0"),
+        ("promote.gates=[{metric: train_highres_flow_degree, direction: lower, floor: 0.1}]", "perfect in"),
+        ("promote.primary={score: dynamic_degree, direction: lower}", "perfect in dynamic_degree"),
     ],
 )
 def test_a_gate_that_says_nothing_is_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(ROOT / "params.yaml", "demo", (override,))
+
+
+def test_what_a_frozen_video_is_perfect_in_is_known() -> None:
+    """Of all that is measured of frames: names in scores.json and VBench's."""
+    frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), dtype=np.uint8)
+    measures = MOTION | {name: partial(call, fps=8) for name, (_, call) in MEASURES.items()}
+    frozen = {name: round(call(frames[[0] * 8]), 3) for name, call in measures.items()}
+    assert set(frozen.values()) == {0, 1}
+    for name, value in frozen.items():
+        gate = Gate(metric=name, direction="higher" if value else "lower", floor=0.5)
+        with pytest.raises(ValueError, match=f"nothing moves, which is perfect in {gate.metric};"):
+            PromoteConfig(gates=(gate,))
 
 
 def test_flicker_is_a_gate_beside_motion() -> None:

@@ -22,16 +22,22 @@ def lock(path: str, md5: str) -> None:
     Path("dvc.lock").write_text(text)
 
 
-def test_a_checkout_names_commit_and_changes(tmp_path: Path) -> None:
+def test_a_checkout_names_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-c", "commit.gpgsign=false"]
     Path("a").write_text("1")
-    for command in (["init", "-q"], ["add", "a"], ["commit", "-qm", "x"]):
+    lock("runs/demo/encode", "1.dir")
+    for command in (["init", "-q"], ["add", "a", "dvc.lock"], ["commit", "-qm", "x"]):
         subprocess.run([*git, *command], check=True, timeout=60)
     tags = lineage()
     assert len(tags["git_commit"]) == 40
     assert tags["mlflow.source.git.commit"] == tags["git_commit"]
     assert tags["git_dirty"] == "false"
+    lock("runs/demo/encode", "2.dir")  # as DVC does while it runs the steps
+    assert lineage()["git_dirty"] == "false"
     Path("a").write_text("2")
+    assert lineage()["git_dirty"] == "true"
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
     assert lineage()["git_dirty"] == "true"
 
 

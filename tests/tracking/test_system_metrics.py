@@ -74,6 +74,7 @@ def test_nothing_is_sampled_where_it_is_switched_off(tmp_path: Path, monkeypatch
     monkeypatch.setenv(INTERVAL, "0.001")
     machine = SystemMetrics(tmp_path, tmp_path, lambda text: None)  # as in all tests that do not ask for it
     machine.start()
+    assert machine._thread.ident is None
     machine.stop()
     assert not (tmp_path / SYSTEM).exists()
 

@@ -1,5 +1,6 @@
 """Tracking: spool first, one parent with a child a step, nothing lost when the store is away."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opensora.tracking.spool import SYSTEM, SpoolWriter
 from opensora.tracking.store import connect
 from opensora.tracking.tracker import Tracker, replay
 from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+def root(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_store, root)
+    return root
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +52,17 @@ def test_a_chain_is_a_parent_with_one_child_a_step(root: Path) -> None:
     assert child.data.tags["git_commit"]
     history = connect(root).get_metric_history(child.info.run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_what_the_machine_did_is_sent_by_the_next_run_where_it_was_left_over(root: Path) -> None:
+    with track(root, "train_image", "demo") as tracker:
+        tracker.log_metrics({"loss": 1.0})
+    writer = SpoolWriter(tracker.place / SYSTEM)  # a last sample, after the run's own records were sent
+    writer.append({"kind": "metrics", "step": 0, "values": {"system/cpu": 7.0}, "time": 1})
+    assert writer.close() == 0
+    replay(root, nowhere=True)  # as the next run does at its end
+    (run,) = (run for run in runs(root, "demo") if run.info.run_name == "train_image")
+    assert run.data.metrics == {"loss": 1.0, "system/cpu": 7.0}
 
 
 def test_an_error_marks_the_run_as_failed(root: Path) -> None:
