@@ -20,7 +20,7 @@ from opensora.demo.shapes import Scene, all_scenes, render_clip
 from opensora.evaluate import run
 from opensora.evaluation import METRICS_VERSION
 from opensora.evaluation.champion import find_champion, read_kept
-from opensora.evaluation.hashes import hash_models
+from opensora.evaluation.hashes import SOURCES, hash_models
 from opensora.evaluation.prompts import describe_seeds, evaluation_prompts
 from opensora.evaluation.reference import Shape, rendered_reference
 from opensora.evaluation.sampling import Row, describe_sample
