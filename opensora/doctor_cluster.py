@@ -38,6 +38,7 @@ CLUSTER_RIGHTS = (
     ("trainer.kubeflow.org", "clustertrainingruntimes", "", ("get",)),
     ("kueue.x-k8s.io", "clusterqueues", "", ("get",)),
 )
+TASK_QUEUE = "opensora-data"  # of the pipelines' tasks
 TRACKING = "opensora-mlflow"  # namespace
 FROM_FILE = "kubectl -n {} create secret generic {} --from-env-file FILE (docs/cluster.md says what it holds)"
 APPLY = "kubectl apply -k k8s/overlays/YOURS"
@@ -69,6 +70,7 @@ def examine_cluster(namespace: str, queue: str, kfp_host: str, api_client: Any =
     checks: list[tuple[str, Iterator[Finding]]] = [
         ("kinds", _kinds(client.ApiextensionsV1Api(api_client))),
         (f"queue {queue}", _queue(custom, namespace, queue)),
+        (f"queue {TASK_QUEUE}", _queue(custom, namespace, TASK_QUEUE)),
         ("nodes", _nodes(custom, core, namespace, queue)),
         ("rights", _rights(client.AuthorizationV1Api(api_client), namespace)),
         (f"account {SERVICE_ACCOUNT}", _account(core, namespace)),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from opensora.doctor import Finding
-from opensora.doctor_cluster import CLUSTER_RIGHTS, KINDS, RIGHTS, examine_cluster
+from opensora.doctor_cluster import CLUSTER_RIGHTS, KINDS, RIGHTS, TASK_QUEUE, examine_cluster
 from opensora.kubeflow import SERVICE_ACCOUNT
 from tests.conftest import ROOT
 from tests.json_server import Request, serve
@@ -52,8 +52,6 @@ class Cluster:
         self.answers: dict[str, dict] = {
             "/apis/v2beta1/healthz": {"multi_user": True},
             "/apis/v2beta1/experiments": {},
-            f"{KUEUE}/namespaces/opensora/localqueues/opensora": queues["LocalQueue", "opensora"] | {"status": ACTIVE},
-            f"{KUEUE}/clusterqueues/opensora": queues["ClusterQueue", "opensora"] | {"status": ACTIVE},
             f"{KUEUE}/resourceflavors/h800": queues["ResourceFlavor", "h800"],
             f"{KUEUE}/topologies/datacenter": queues["Topology", "datacenter"],
             "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/opensora": runtimes[
@@ -64,6 +62,10 @@ class Cluster:
                 "status": {"phase": "Bound", "accessModes": ["ReadWriteMany"], "capacity": {"storage": "10Ti"}}
             },
         }
+        for name in ("opensora", TASK_QUEUE):
+            local, whole = (queues[kind, name] | {"status": ACTIVE} for kind in ("LocalQueue", "ClusterQueue"))
+            self.answers[f"{KUEUE}/namespaces/opensora/localqueues/{name}"] = local
+            self.answers[f"{KUEUE}/clusterqueues/{name}"] = whole
         for name in ("object-store", "mlflow", "mlpipeline-minio-artifact"):
             self.answers[f"{CORE}/opensora/secrets/{name}"] = {"metadata": {"name": name}}
         for name in ("object-store", "mlflow"):
@@ -127,6 +129,7 @@ def test_a_cluster_as_the_manifests_make_it_is_well(cluster: Cluster) -> None:
     findings = cluster.look()
     assert {finding.state for finding in findings.values()} == {"ok"}
     assert findings["queue opensora"].seen == "active; GPUs: h800 64"
+    assert findings["queue opensora-data"].seen == "active; GPUs: captioning 16"
     assert findings["nodes h800"].seen == "8 with 64 GPUs"
     assert cluster.users == {USER}  # not those of whoever sits at the desk
     for request in cluster.asked:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 
+from opensora.doctor_cluster import TASK_QUEUE, TASKS
 from pipelines.remote import SERVICE_ACCOUNT
 from tests.conftest import ROOT
 from tests.shared import shared
@@ -260,6 +261,18 @@ def test_the_quota_holds_the_nodes_it_is_for(overlay: str) -> None:
         name, quota = resource["name"], parse_quantity(resource["nominalQuota"])
         wanted = nodes * parse_quantity(container["resources"]["requests"][name])
         assert quota >= wanted, f"{name}: {quota} is less than {wanted}, what {nodes} nodes ask for"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_largest_task_of_a_pool_fits_its_quota(overlay: str) -> None:
+    """Else it would wait for ever."""
+    (group,) = named(overlay, "ClusterQueue", TASK_QUEUE)["spec"]["resourceGroups"]
+    assert {flavor["name"] for flavor in group["flavors"]} == set(TASKS)
+    for flavor in group["flavors"]:
+        quotas = {resource["name"]: parse_quantity(resource["nominalQuota"]) for resource in flavor["resources"]}
+        assert set(quotas) == set(group["coveredResources"])
+        for name, amount in TASKS[flavor["name"]].items():
+            assert quotas[name] >= parse_quantity(amount), f"{flavor['name']}: {name}"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -11,7 +11,7 @@ import yaml
 from components.image_names import IMAGES
 from opensora.chain import ALL_STEPS
 from opensora.config import load_config
-from opensora.doctor_cluster import TASKS
+from opensora.doctor_cluster import TASK_QUEUE, TASKS
 from pipelines.compile import PIPELINES, PipelineError, compile_pipeline
 from pipelines.parameters import parameters_of
 from tests.conftest import ROOT
@@ -113,6 +113,22 @@ def test_the_doctor_knows_the_largest_task_of_each_pool(compiled: dict[str, list
         for name, amount in asked.items():
             pool[name] = max(pool.get(name, 0), quantity(amount))
     assert largest == {pool: {name: quantity(value) for name, value in most.items()} for pool, most in TASKS.items()}
+
+
+def test_every_task_stands_in_a_queue_with_a_flavor_of_its_pool(compiled: dict[str, list[dict]]) -> None:
+    found = list(yaml.safe_load_all((ROOT / "k8s" / "base" / "queues.yaml").read_text()))
+    local, whole, *_ = (one for one in found if one["metadata"]["name"] == TASK_QUEUE)
+    local, whole = sorted((local, whole), key=lambda one: one["kind"], reverse=True)
+    assert local["spec"]["clusterQueue"] == whole["metadata"]["name"]
+    flavors = {one["metadata"]["name"]: one["spec"] for one in found if one["kind"] == "ResourceFlavor"}
+    (group,) = whole["spec"]["resourceGroups"]
+    pools = {flavors[flavor["name"]]["nodeLabels"]["opensora/pool"] for flavor in group["flavors"]}
+    definition, platform = compiled["full"]
+    placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert definition["deploymentSpec"]["executors"].keys() == placed.keys()
+    for name, place in placed.items():
+        assert place["podMetadata"]["labels"]["kueue.x-k8s.io/queue-name"] == TASK_QUEUE, name
+        assert place["nodeSelector"]["labels"]["opensora/pool"] in pools, name
 
 
 @pytest.mark.parametrize("name", PIPELINES)
