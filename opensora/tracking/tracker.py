@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Tracker", "replay"]
 CLOSE_TIMEOUT_S = 60.0
 STOPPED_TIMEOUT_S = 15.0  # of a run that was told to stop: whoever told it does not wait for long
+IMAGES = "images"  # folder beside the spool
 RECENT = 64  # logged steps among which a checkpoint finds its metrics
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 class Tracker:
     """One child run; see `start`. Threads may share it, and nothing that it is told raises for the store's sake."""
 
-    def __init__(self, root: Path, place: Path, folder: Path, beside: bool = True) -> None:
-        self.root, self.place, self.folder = root.resolve(), place.resolve(), folder
+    def __init__(self, root: Path, place: Path, beside: bool = True) -> None:
+        self.root, self.place = root.resolve(), place.resolve()
         self._spool = SpoolWriter(self.place)
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._dataset: dict[str, str] | None = None
@@ -64,7 +65,7 @@ class Tracker:
         Args:
             root: folder of all results.
             params: nested; credentials in them are not written.
-            folder: where the step works; pictures wait there until they are sent.
+            folder: where the step works; tracking.json there names the run.
             beside: records are sent while the step works, by another process; if not, by this one when the run is
                 closed, as suits a step of a second that has imported MLflow anyway.
         """
@@ -74,7 +75,7 @@ class Tracker:
         except OSError as error:  # training says itself when it cannot write
             log.warning("tracking: %s: %s; records wait in memory, training goes on", base, error.strerror)
             place = base / new_chain() / step
-        tracker = cls(root, place, folder, beside)
+        tracker = cls(root, place, beside)
         tracker._put(
             {
                 "kind": "start",
@@ -98,8 +99,9 @@ class Tracker:
         from PIL import Image
 
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", key)[:100]
-        path = self.folder / f"{key.replace('/', '-')}-{step}.png"
+        path = self.place / IMAGES / f"{key.replace('/', '-')}-{step}.png"
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
         except OSError as error:
             log.warning("tracking: no picture %s of step %d: %s", key, step, error)

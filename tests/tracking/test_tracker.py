@@ -10,7 +10,7 @@ import pytest
 
 from opensora.tracking.spool import SYSTEM, SpoolWriter
 from opensora.tracking.store import connect
-from opensora.tracking.tracker import Tracker, replay
+from opensora.tracking.tracker import IMAGES, Tracker, replay
 from tests.conftest import ROOT
 
 
@@ -43,6 +43,8 @@ def test_a_chain_is_a_parent_with_one_child_a_step(root: Path) -> None:
             tracker.log_metrics({"loss": 2.0}, 1)
             tracker.log_metrics({"loss": 1.0}, 2)
             tracker.log_image(np.zeros((4, 4, 3), np.uint8), "sample", 2)
+        pictures = [path.name for path in (tracker.place / IMAGES).iterdir()]
+        assert pictures == ["sample-2.png"]  # they wait there, not in the step's folder
     children = [run for run in runs(root) if "mlflow.parentRunId" in run.data.tags]
     assert {run.info.run_name for run in children} == {"train_image", "train_video"}
     assert len({run.data.tags["mlflow.parentRunId"] for run in children}) == 1
