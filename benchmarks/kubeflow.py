@@ -20,7 +20,7 @@ from opensora.chain import ALL_STEPS
 
 SHARES = 2
 SHARED = ("download", "split", "score", "caption", "encode")
-OVERHEAD_TASKS = ("list-shares", "version")  # that have no command
+OVERHEAD_TASKS = ("check-weights", "list-shares", "version")  # that have no command
 TASKS = len(ALL_STEPS) + SHARES * len(SHARED) + len(OVERHEAD_TASKS)
 COMPILE_ROUNDS = 3
 
