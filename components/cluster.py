@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-TRAINER = ("trainer.kubeflow.org", "v1alpha1")
-KUEUE = ("kueue.x-k8s.io", "v1beta2")
+from opensora.kubeflow import KUEUE, TRAINER, load_account
+
 RUN = "opensora/run"  # label of a TrainJob: id of the pipeline's run that made it
 
 
@@ -36,13 +36,10 @@ class Cluster:
         patience_s: float = 900,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        from kubernetes import client, config
+        from kubernetes import client
 
         if api_client is None:
-            try:
-                config.load_incluster_config()
-            except config.ConfigException:
-                config.load_kube_config()
+            load_account()
         self.namespace, self.patience_s, self.sleep = namespace, patience_s, sleep
         self._say = say
         self._custom = client.CustomObjectsApi(api_client)

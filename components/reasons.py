@@ -8,7 +8,6 @@ from typing import Any
 
 from components.cluster import Cluster, JobError, condition, node_of
 
-GPU = "nvidia.com/gpu"
 # A container that waits for one of these will not start by itself.
 STUCK = ("CreateContainerConfigError", "CreateContainerError", "ErrImagePull", "ImagePullBackOff", "InvalidImageName")
 UNCOVERED = "unavailable in ClusterQueue"  # so Kueue says of a resource that has no quota at all

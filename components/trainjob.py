@@ -12,8 +12,9 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from components.cluster import RUN, TRAINER, Cluster, JobError, condition, node_of
-from components.reasons import GPU, FinalError, never_fits, why_failed, why_waiting
+from components.cluster import RUN, Cluster, JobError, condition, node_of
+from components.reasons import FinalError, never_fits, why_failed, why_waiting
+from opensora.kubeflow import GPU, TRAINER
 
 MANAGED = "opensora/stage"  # label of every job made here
 FINAL = ("Complete", "Failed")

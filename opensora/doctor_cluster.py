@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from opensora.doctor import TIMEOUT_S, Finding
-from opensora.kubeflow import SERVICE_ACCOUNT
+from opensora.kubeflow import GPU, KUEUE, SERVICE_ACCOUNT, TASK_QUEUE, TRAINER, load_account
 
 # Group, kind in plural and version that k8s/ is written for.
 KINDS = (
@@ -13,8 +13,7 @@ KINDS = (
     ("jobset.x-k8s.io", "jobsets", "v1alpha2"),
     ("kueue.x-k8s.io", "clusterqueues", "v1beta2"),
 )
-TRAINER, KUEUE = ("trainer.kubeflow.org", "v1alpha1"), ("kueue.x-k8s.io", "v1beta2")
-GPU, POOL = "nvidia.com/gpu", "opensora/pool"
+POOL = "opensora/pool"
 # What the largest task of each pool of the pipelines takes of one node.
 TASKS = {
     "cpu": {"cpu": "16", "memory": "64Gi"},
@@ -38,7 +37,6 @@ CLUSTER_RIGHTS = (
     ("trainer.kubeflow.org", "clustertrainingruntimes", "", ("get",)),
     ("kueue.x-k8s.io", "clusterqueues", "", ("get",)),
 )
-TASK_QUEUE = "opensora-data"  # of the pipelines' tasks
 TRACKING = "opensora-mlflow"  # namespace
 FROM_FILE = "kubectl -n {} create secret generic {} --from-env-file FILE (docs/cluster.md says what it holds)"
 APPLY = "kubectl apply -k k8s/overlays/YOURS"
@@ -59,10 +57,7 @@ def examine_cluster(namespace: str, queue: str, kfp_host: str, api_client: Any =
         return
     try:
         if api_client is None:
-            try:
-                config.load_incluster_config()
-            except config.ConfigException:
-                config.load_kube_config()
+            load_account()
     except config.ConfigException as error:
         yield Finding("Kubernetes", "failure", str(error), "run in a pod, or set KUBECONFIG")
         return

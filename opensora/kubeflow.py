@@ -1,4 +1,7 @@
-"""Kubeflow Pipelines asked directly: is it there, and does it let the bearer of this token in?"""
+"""What doctor, pipelines and launchers ask a cluster by: names, the account; and Kubeflow Pipelines asked directly.
+
+Is it there, and does it let the bearer of this token in?
+"""
 
 import json
 import os
@@ -9,6 +12,9 @@ from opensora.config import UserError
 
 TIMEOUT_S = 20
 API = "/apis/v2beta1"
+TRAINER, KUEUE = ("trainer.kubeflow.org", "v1alpha1"), ("kueue.x-k8s.io", "v1beta2")  # group and version
+GPU = "nvidia.com/gpu"
+TASK_QUEUE = "opensora-data"  # of the pipelines' tasks; Kueue looks at it where its integration of plain pods is on
 SERVICE_ACCOUNT = "default-editor"  # of KFP in multi-user mode; its newer releases refuse others unless told
 WHERE = (
     "give its address, as http://localhost:8888 behind `kubectl -n kubeflow port-forward svc/ml-pipeline 8888` "
@@ -18,6 +24,20 @@ WHERE = (
 
 class KubeflowError(UserError):
     """Kubeflow Pipelines cannot be reached, or refuses; the message says why and what to do."""
+
+
+def load_account() -> None:
+    """Have the `kubernetes` client use the pod's account, else that of ~/.kube/config.
+
+    Raises:
+        kubernetes.config.ConfigException: there is neither.
+    """
+    from kubernetes import config
+
+    try:
+        config.load_incluster_config()
+    except config.ConfigException:
+        config.load_kube_config()
 
 
 def read_token() -> str:

@@ -5,9 +5,8 @@ from typing import NamedTuple
 from kfp import dsl
 
 from components import data
+from opensora.config import DATA_STEPS
 from pipelines.placement import first, on_cpu, on_gpu, with_internet
-
-STEPS = ["download", "split", "score", "caption", "encode"]
 
 
 class Data(NamedTuple):
@@ -107,7 +106,7 @@ def data_pipeline(
         remote: URL of a DVC remote, as s3://bucket/dvc, to which the training set is pushed; empty: none.
     """
     common = {"profile": profile, "overrides": overrides, "workdir": workdir, "code_revision": code_revision}
-    weights = first(data.check_weights(**common, steps=STEPS))
+    weights = first(data.check_weights(**common, steps=[*DATA_STEPS]))
     made = training_set(
         **common, data_revision=data_revision, shares=shares, caption_on_gpu=caption_on_gpu, remote=remote
     ).after(weights)

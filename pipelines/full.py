@@ -3,8 +3,8 @@
 from kfp import dsl
 
 from components import data
-from pipelines import release, training
-from pipelines.data import STEPS, training_set
+from opensora.config import STEPS
+from pipelines.data import training_set
 from pipelines.placement import first
 from pipelines.release import verdict
 from pipelines.training import stages
@@ -26,7 +26,7 @@ def full_pipeline(
 ) -> bool:
     """The three pipelines, one after the other; see them for the parameters."""
     common = {"profile": profile, "overrides": overrides, "workdir": workdir, "code_revision": code_revision}
-    weights = first(data.check_weights(**common, steps=[*STEPS, *training.STEPS, *release.STEPS]))
+    weights = first(data.check_weights(**common, steps=[*STEPS]))
     made = training_set(
         **common, data_revision=data_revision, shares=shares, caption_on_gpu=caption_on_gpu, remote=remote
     ).after(weights)

@@ -2,13 +2,13 @@
 
 from kfp import dsl, kubernetes
 
+from opensora.kubeflow import GPU, TASK_QUEUE
+
 CLAIM, MOUNT = "runs", "/runs"  # k8s/base/storage.yaml
 SECRET_KEYS = {
     name: name for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
 }
 MLFLOW_KEYS = {name: name for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")}
-GPU = "nvidia.com/gpu"
-QUEUE = "opensora-data"  # k8s/base/queues.yaml; Kueue looks at it where its integration of plain pods is on
 RETRIES = 2
 # Argo counts it from the start of the first try, starts none after it and ends the last one at it: so it is longer than
 # any task takes. KFP's own default is an hour.
@@ -58,7 +58,7 @@ def _placed(task: dsl.PipelineTask, pool: str, cpu: str, memory: str) -> dsl.Pip
     task.set_cpu_limit(cpu).set_memory_limit(memory)  # requests are then the same; each call costs KFP 15 ms
     task.set_env_variable("HOME", "/tmp")
     kubernetes.add_node_selector(task, "opensora/pool", pool)
-    kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", QUEUE)
+    kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", TASK_QUEUE)
     kubernetes.mount_pvc(task, pvc_name=CLAIM, mount_path=MOUNT)
     kubernetes.use_secret_as_env(task, secret_name="object-store", secret_key_to_env=SECRET_KEYS, optional=True)
     kubernetes.use_secret_as_env(task, secret_name="mlflow", secret_key_to_env=MLFLOW_KEYS, optional=True)

@@ -3,9 +3,8 @@
 from kfp import dsl
 
 from components import data, training
+from opensora.config import TRAIN_STEPS
 from pipelines.placement import as_launcher, first, on_cpu
-
-STEPS = ["train_image", "train_video", "train_highres"]
 
 
 @dsl.pipeline(name="opensora-stages", description="Image, video and high-resolution stage.")
@@ -62,7 +61,7 @@ def training_pipeline(
         budget_dollars: of each stage; one that is planned to cost more is refused before it starts. 0: no limit.
     """
     common = {"profile": profile, "overrides": overrides, "workdir": workdir, "code_revision": code_revision}
-    weights = first(data.check_weights(**common, steps=STEPS))
+    weights = first(data.check_weights(**common, steps=[*TRAIN_STEPS]))
     found = on_cpu(data.restore(**common, data_revision=data_revision, remote=remote).after(weights))
     found.set_caching_options(False)
     return stages(

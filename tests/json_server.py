@@ -5,7 +5,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Request:
 
     method: str
     path: str  # without its query
-    headers: dict[str, str]
+    query: dict[str, list[str]]
+    headers: Message  # whatever the case of their names
     body: dict
 
 
@@ -28,8 +31,8 @@ def serve(answer: Callable[[Request], tuple[int, dict | str]]) -> Iterator[str]:
 
         def _handle(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-            path = self.path.partition("?")[0]
-            status, said = answer(Request(self.command, path, dict(self.headers), body))
+            path, _, query = self.path.partition("?")
+            status, said = answer(Request(self.command, path, parse_qs(query), self.headers, body))
             data = (said if isinstance(said, str) else json.dumps(said)).encode()
             self.send_response(status)
             self.send_header("Content-Type", "text/html" if isinstance(said, str) else "application/json")

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from opensora.doctor import Finding
-from opensora.doctor_cluster import CLUSTER_RIGHTS, KINDS, RIGHTS, TASK_QUEUE, examine_cluster
-from opensora.kubeflow import SERVICE_ACCOUNT
+from opensora.doctor_cluster import CLUSTER_RIGHTS, KINDS, RIGHTS, examine_cluster
+from opensora.kubeflow import SERVICE_ACCOUNT, TASK_QUEUE
 from tests.conftest import ROOT
 from tests.json_server import Request, serve
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from kubernetes.utils.quantity import parse_quantity
 
-from opensora.doctor_cluster import TASK_QUEUE, TASKS
-from pipelines.remote import SERVICE_ACCOUNT
+from opensora.doctor_cluster import TASKS
+from opensora.kubeflow import SERVICE_ACCOUNT, TASK_QUEUE
 from tests.conftest import ROOT
 from tests.shared import shared
 

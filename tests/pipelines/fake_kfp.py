@@ -1,12 +1,11 @@
 """The part of a Kubeflow Pipelines API that the command line talks to, over HTTP on loopback."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlparse
+
+from tests.json_server import Request, serve
 
 API = "/apis/v2beta1"
 
@@ -50,35 +49,13 @@ class FakeKfp:
 def serve_kfp(fake: FakeKfp) -> Iterator[str]:
     """The API's URL."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(request: Request) -> tuple[int, dict]:
+        fake.calls.append(f"{request.method} {request.path}")
+        shown = request.headers.get("Authorization", "")
+        fake.tokens.add(shown)
+        if fake.token and shown != f"Bearer {fake.token}":
+            return 401, {"message": "unauthenticated"}
+        return fake.answer(request.method, request.path, request.query, request.body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def _handle(self) -> None:
-            address = urlparse(self.path)
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-            fake.calls.append(f"{self.command} {address.path}")
-            fake.tokens.add(self.headers.get("Authorization", ""))
-            if fake.token and self.headers.get("Authorization") != f"Bearer {fake.token}":
-                status, said = 401, {"message": "unauthenticated"}
-            else:
-                status, said = fake.answer(self.command, address.path, parse_qs(address.query), body)
-            data = json.dumps(said).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST = _handle
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serve(answer) as url:
+        yield url

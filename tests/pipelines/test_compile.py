@@ -11,7 +11,8 @@ import yaml
 from components.image_names import IMAGES
 from opensora.chain import ALL_STEPS
 from opensora.config import load_config
-from opensora.doctor_cluster import TASK_QUEUE, TASKS
+from opensora.doctor_cluster import TASKS
+from opensora.kubeflow import TASK_QUEUE
 from pipelines.compile import PIPELINES, PipelineError, compile_pipeline
 from pipelines.parameters import parameters_of
 from tests.conftest import ROOT
